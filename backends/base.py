@@ -1,0 +1,104 @@
+"""The contract between lowering, backends and the runtime.
+
+A backend compiles the distinct segments of a program once (`build`) and gives back a model that
+runs steps (`load`). The runtime sees only `LoadedModel`; lowering sees only `Backend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.fx import GraphModule
+
+from inlay.backends.program import Program
+from inlay.backends.step import StepInputs
+
+if TYPE_CHECKING:
+    from inlay.backends.artifact import Artifact
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Attention layers that keep the same blocks: all full-attention layers, or all of one window.
+
+    window: tokens a query may look back on, itself included; 0 means all.
+    bytes_per_block: of all the group's layers together, in the cache's dtype.
+    """
+
+    window: int
+    num_layers: int
+    bytes_per_block: int
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What an engine was built for; requests and batches are checked against these."""
+
+    vocab_size: int
+    max_seq_len: int  # prompt and output together, in tokens
+    max_num_tokens: int  # a step's token budget
+    max_num_seqs: int  # requests in one step
+    block_size: int  # tokens a KV block holds
+
+
+class LoadedModel(Protocol):
+    """A model that is ready to run steps on one device.
+
+    is_encoder: tokens see those after them: requests come whole, and `forward` gives the hidden
+        states [T, hidden] of all tokens.
+    """
+
+    is_encoder: bool
+    limits: ModelLimits
+    kv_groups: tuple[KVGroup, ...]
+    device: torch.device
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """(Re)allocate the paged cache of every layer: num_blocks blocks for each KV group."""
+
+    def forward(self, step: StepInputs) -> torch.Tensor:
+        """Run one step, writing the new tokens' keys and values; returns logits [R, vocab]."""
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What a backend needs to know to compile segments.
+
+    progress: called with a line of text when a part of the build ends. origin: the model's name,
+        noted beside what is cached.
+    """
+
+    limits: ModelLimits
+    optimization_level: int
+    progress: Callable[[str], None]
+    origin: str = ""
+
+
+class Backend(Protocol):
+    """How segments become code, and how that code is run."""
+
+    name: str
+
+    def prepare(self) -> None:
+        """Begin, in the background, what a build needs whatever the model; errors come in check."""
+
+    def check(self, program: Program, settings: BuildSettings) -> None:
+        """Raise, before anything is built, for what this backend cannot lower or run here.
+
+        Raises:
+            UnsupportedModelError, OptionError: the program or an option is the matter.
+            BuildError: this machine lacks something.
+        """
+
+    def build(
+        self, segments: Mapping[str, GraphModule], directory: Path, settings: BuildSettings
+    ) -> dict[str, Any]:
+        """Compile each segment into files under directory/KEY/; returns what the manifest's
+        target must say so that loading elsewhere can be refused, {} for "runs anywhere"."""
+
+    def load(self, artifact: Artifact) -> LoadedModel:
+        """A model ready to run; raises ArtifactError where the artifact does not fit here."""

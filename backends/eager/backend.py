@@ -1,0 +1,94 @@
+"""The eager reference: the graph as it is, the reference ops, no compiler. The truth for others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter
+
+import inlay.passes.ops  # noqa: F401  (defines torch.ops.inlay)
+from inlay.backends.artifact import Artifact, WeightReader
+from inlay.backends.base import BuildSettings, ModelLimits
+from inlay.backends.graph_json import graph_from_json
+from inlay.backends.model import ProgramModel, SegmentCall
+from inlay.backends.program import AttentionStep, Program
+
+
+class ReferenceAttention:
+    """`inlay::paged_attention` over caches [blocks, Hk, block_size, D]."""
+
+    def allocate(
+        self, step: AttentionStep, num_blocks: int, block_size: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (num_blocks, step.num_kv_heads, block_size)
+        return (
+            torch.empty(*shape, step.head_dim, dtype=dtype),
+            torch.empty(*shape, step.v_head_dim, dtype=dtype),
+        )
+
+    def __call__(
+        self,
+        step: AttentionStep,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        sinks: torch.Tensor | None,
+        slopes: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return torch.ops.inlay.paged_attention(
+            q, k, v, k_cache, v_cache, slot_mapping, block_table, seq_lens, query_start_loc,
+            step.layer, step.scale, step.window, step.softcap, sinks, step.causal,
+            step.chunk, slopes,
+        )  # fmt: skip
+
+
+def interpret(gm: GraphModule) -> SegmentCall:
+    """A callable that runs a segment's graph op by op."""
+    interpreter = Interpreter(gm)
+
+    def call(args: list[torch.Tensor]) -> Any:
+        return interpreter.run(*args)
+
+    return call
+
+
+class EagerBackend:
+    name = "eager"
+
+    def prepare(self) -> None:
+        """Nothing is needed."""
+
+    def check(self, program: Program, settings: BuildSettings) -> None:
+        """Anything that was captured can be interpreted."""
+
+    def build(
+        self, segments: Mapping[str, GraphModule], directory: Path, settings: BuildSettings
+    ) -> dict[str, Any]:
+        """Nothing to compile: the artifact's own graphs are what runs."""
+        return {}
+
+    def load(self, artifact: Artifact) -> ProgramModel:
+        """Weights stay memory-mapped; nothing is copied."""
+        program, reader = artifact.program, WeightReader(artifact)
+        graphs = {
+            key: graph_from_json(artifact.json(f"segments/{key}/graph.json"))
+            for key in program.segment_keys
+        }
+        return ProgramModel(
+            program,
+            ModelLimits(**artifact.manifest["limits"]),
+            {key: interpret(gm) for key, gm in graphs.items()},
+            [[reader.get(n) for n in step.weights] for step in program.segment_steps],
+            {name: reader.get(name) for name in program.attention_weight_names},
+            ReferenceAttention(),
+            torch.device("cpu"),
+        )

@@ -1,0 +1,233 @@
+"""Inductor: each distinct segment as an AOTInductor package, large ops as C++ ones."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch.fx import GraphModule
+
+from inlay.backends.artifact import Artifact, WeightReader
+from inlay.backends.base import BuildSettings, ModelLimits
+from inlay.backends.cache import cache_dir, content_key, fetch
+from inlay.backends.graph_json import graph_from_json, graph_to_json
+from inlay.backends.inductor.compile import Packing, inductor_config, packed_weights
+from inlay.backends.inductor.workers import Job, compile_jobs
+from inlay.backends.kernels.cpu_ops import INTERFACE, build_ops, load_ops
+from inlay.backends.model import ProgramModel, SegmentCall
+from inlay.backends.program import AttentionStep, Program
+from inlay.errors import ArtifactError
+from inlay.passes.ops import REFERENCES
+
+PACKAGE = "inductor.pt2"
+OPS = "segments/inlay_cpu.so"
+INSTRUCTION_SETS = (
+    "sse",
+    "ssse",
+    "avx",
+    "amx",
+    "bmi",
+    "fma",
+    "f16c",
+    "vaes",
+    "gfni",
+    "asimd",
+    "sve",
+)
+"""Prefixes of the CPU flags that decide whether code compiled for this very CPU runs elsewhere."""
+
+
+class CpuAttention:
+    """`inlay_cpu::paged_attention`: key blocks lie transposed, [blocks, Hk, D, block_size]."""
+
+    def allocate(
+        self, step: AttentionStep, num_blocks: int, block_size: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            torch.empty(num_blocks, step.num_kv_heads, step.head_dim, block_size, dtype=dtype),
+            torch.empty(num_blocks, step.num_kv_heads, block_size, step.v_head_dim, dtype=dtype),
+        )
+
+    def __call__(
+        self,
+        step: AttentionStep,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        sinks: torch.Tensor | None,
+        slopes: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return torch.ops.inlay_cpu.paged_attention(
+            q, k, v, k_cache, v_cache, slot_mapping, block_table, seq_lens, query_start_loc,
+            step.scale, step.window, step.softcap, sinks, step.causal, step.chunk, slopes,
+        )  # fmt: skip
+
+
+class InductorBackend:
+    name = "inductor"
+
+    def __init__(self) -> None:
+        self._ops: Future[Path] | None = None
+
+    def prepare(self) -> None:
+        """The C++ ops: without a compiler nothing else can be built either."""
+        threads = ThreadPoolExecutor(1)
+        self._ops = threads.submit(build_ops)
+        threads.shutdown(wait=False)
+
+    def check(self, program: Program, settings: BuildSettings) -> None:
+        load_ops(self._built_ops())
+
+    def _built_ops(self) -> Path:
+        return build_ops() if self._ops is None else self._ops.result()
+
+    def build(
+        self, segments: Mapping[str, GraphModule], directory: Path, settings: BuildSettings
+    ) -> dict[str, Any]:
+        """Compile what the cache does not hold, one worker for each core."""
+        ops = self._built_ops()
+        shutil.copyfile(ops, directory / Path(OPS).name)
+        toolchain = _toolchain(settings.optimization_level)
+        cached = {key: _cached_package(gm, toolchain) for key, gm in segments.items()}
+        missing = [key for key in cached if not fetch(cached[key], directory / key / PACKAGE)]
+        if missing:
+            jobs = [
+                Job(
+                    key,
+                    graph_to_json(segments[key]),
+                    cached[key],
+                    directory / key / PACKAGE,
+                    {"origin": settings.origin, "segment": key, "torch": torch.__version__},
+                )
+                for key in missing
+            ]
+            compile_jobs(jobs, ops, settings.optimization_level, settings.progress)
+        settings.progress(f"{len(missing)} compiled, {len(cached) - len(missing)} from the cache")
+        return {**_target(), "num_compiled": len(missing)}
+
+    def load(self, artifact: Artifact) -> ProgramModel:
+        """Load packages and pack weights, shard by shard; needs no compiler."""
+        _check_target(artifact)
+        load_ops(artifact.path / OPS)
+        program = artifact.program
+        graphs = {
+            key: graph_from_json(artifact.json(f"segments/{key}/graph.json"))
+            for key in program.segment_keys
+        }
+        packed = {key: packed_weights(gm) for key, gm in graphs.items()}
+        reader = WeightReader(artifact)
+        weights = [
+            [
+                _resident(reader.get(name), packed[step.segment].get(index))
+                for index, name in enumerate(step.weights)
+            ]
+            for step in program.segment_steps
+        ]
+        return ProgramModel(
+            program,
+            ModelLimits(**artifact.manifest["limits"]),
+            {key: _load_package(artifact.segment_file(key, PACKAGE)) for key in graphs},
+            weights,
+            {name: reader.get(name).clone() for name in program.attention_weight_names},
+            CpuAttention(),
+            torch.device("cpu"),
+        )
+
+
+def _resident(tensor: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+    """A weight that lives on when its shard is unmapped."""
+    return tensor.clone() if packing is None else packing(tensor)
+
+
+def _load_package(path: Path) -> SegmentCall:
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+
+    def call(args: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return loader.run(args)
+
+    return call
+
+
+def _target() -> dict[str, Any]:
+    return {
+        "device": "cpu",
+        "torch": torch.__version__,
+        "machine": os.uname().machine,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_flags": _cpu_flags(),
+    }
+
+
+def _cpu_flags() -> list[str]:
+    """Instruction sets that compilers may use here, as Linux names them; [] elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    named = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    flags = set(named.partition(":")[2].split())
+    return sorted(flag for flag in flags if flag.startswith(INSTRUCTION_SETS))
+
+
+def _check_target(artifact: Artifact) -> None:
+    """Compiled code runs only on what it was compiled for; say what differs."""
+    built, here = dict(artifact.manifest["target"]), _target()
+    missing = sorted(set(built.pop("cpu_flags", [])) - set(here.pop("cpu_flags")))
+    differing = [key for key, value in here.items() if built.get(key) != value]
+    if differing:
+        key = differing[0]
+        what = f"was compiled for {key} {built.get(key)!r}, here it is {here[key]!r}"
+    elif missing:
+        what = f"was compiled for a CPU with {', '.join(missing)}, which this one lacks"
+    else:
+        return
+    raise ArtifactError(
+        f"artifact {artifact.path} {what}; rebuild it here ({artifact.manifest['rebuild']}), or "
+        "run its graphs uncompiled with backend='eager'"
+    )
+
+
+def _cached_package(gm: GraphModule, toolchain: dict[str, Any]) -> Path:
+    """Where the package of this graph, made by these tools, is cached."""
+    key = content_key({"graph": graph_to_json(gm), **toolchain})
+    return cache_dir() / "segments" / f"{key}.pt2"
+
+
+def _toolchain(optimization_level: int) -> dict[str, Any]:
+    """All that the code of a graph depends on: our sources, torch with its settings, the compiler
+    and the CPU it compiles for."""
+    sources = {inspect.getsourcefile(reference) for reference in REFERENCES.values()}
+    sources.add(inspect.getsourcefile(packed_weights))
+    digest = hashlib.sha256()
+    for source in sorted(filter(None, sources)):
+        digest.update(Path(source).read_bytes())
+    settings = torch._inductor.config.save_config_portable()
+    said = {name: value for name, value in settings.items() if not name.endswith("_dir")}
+    compiler = shlex.split(get_cpp_compiler())
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+    return {
+        **_target(),
+        "config": inductor_config(optimization_level),
+        "ops": INTERFACE,
+        "sources": digest.hexdigest(),
+        "torch_git": torch.version.git_version,
+        "settings": repr(sorted(said.items())),
+        "compiler": [*compiler, version.decode(errors="replace")],
+    }

@@ -1,0 +1,217 @@
+"""One segment -> one AOTInductor package, weights as arguments.
+
+Run as a worker process: `python -m inlay.backends.inductor.compile`, see workers.py.
+Pointwise `inlay.*` ops are traced as their references, so that Inductor fuses them; linear layers
+and mixtures of experts become our C++ ops on prepacked weights, which come in as handles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch.fx import GraphModule, Interpreter, Node
+
+from inlay.backends.graph_json import graph_from_json
+from inlay.backends.kernels.cpu_ops import load_ops
+from inlay.errors import BuildError
+from inlay.passes.graph import bind, is_call
+from inlay.passes.ops import REFERENCES
+
+LINEAR = torch.ops.inlay.linear.default
+EXPERTS = torch.ops.inlay.experts.default
+MAX_SIZE = 1 << 20
+"""Upper bound of every dynamic size, for all engines alike, so that packages can be shared."""
+
+EXAMPLE_SIZES = (64, 32, 16, 8)
+"""Distinct sizes for a segment's symbols; Inductor takes them as hints of what is usual."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a weight becomes at load; kind: "linear", "experts" or "bias" (interleaved experts')."""
+
+    kind: str
+    transposed: bool = False
+    interleaved: bool = False
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        """The handle, or the bias with all of the gate's before all of up's."""
+        if self.kind == "linear":
+            return torch.ops.inlay_cpu.pack_linear(weight)
+        if self.kind == "experts":
+            return torch.ops.inlay_cpu.pack_experts(weight, self.transposed, self.interleaved)
+        return torch.cat((weight[:, ::2], weight[:, 1::2]), dim=1)
+
+    def example(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A stand-in for export: what it holds is never read."""
+        if self.kind == "bias":
+            return torch.ones(shape, dtype=dtype)
+        return self(torch.zeros((1,) * len(shape), dtype=dtype))
+
+
+def packed_weights(gm: GraphModule) -> dict[int, Packing]:
+    """The weights to pack at load, by index: those that only linear layers or experts read."""
+    weights = [n for n in gm.graph.find_nodes(op="placeholder") if n.meta["kind"] == "weight"]
+    found = {}
+    for index, node in enumerate(weights):
+        uses = {_use(user, node) for user in node.users}
+        if len(uses) == 1 and (packing := uses.pop()):
+            found[index] = packing
+    return found
+
+
+def _use(user: Node, weight: Node) -> Packing | None:
+    """How this user wants the weight packed; None where it reads it as it is."""
+    if is_call(user, LINEAR):
+        shape, _ = weight.meta["spec"]
+        only = user.args[1] is weight and user.args[0] is not weight
+        return Packing("linear") if only and len(shape) == 2 else None
+    if is_call(user, EXPERTS):
+        bound = bind(user)
+        slots = [name for name, value in bound.items() if value is weight]
+        if slots == ["up"]:
+            return Packing("experts", bound["transposed"], bound["interleaved"])
+        if slots == ["down"]:
+            return Packing("experts", bound["transposed"])
+        if slots == ["up_bias"] and bound["interleaved"]:
+            return Packing("bias")
+    return None
+
+
+class _Traced(Interpreter):
+    """Runs a segment so that export sees aten ops and our C++ linear, nothing else of inlay."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return REFERENCES.get(target, target)(*args, **kwargs)
+
+
+class _Segment(torch.nn.Module):
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__()
+        packed = packed_weights(gm)
+        weights = [n for n in gm.graph.find_nodes(op="placeholder") if n.meta["kind"] == "weight"]
+        handles = {weights[index]: packing.kind for index, packing in packed.items()}
+        for node in gm.graph.nodes:
+            if is_call(node, LINEAR) and handles.get(node.args[1]) == "linear":
+                bound = bind(node)
+                out_features = bound["weight"].meta["spec"][0][0]
+                node.target = torch.ops.inlay_cpu.linear.default
+                node.args = (bound["x"], bound["weight"], bound["bias"], out_features)
+                node.kwargs = {}
+            elif is_call(node, EXPERTS):
+                _use_handles(node, handles)
+        self.interpreter = _Traced(gm)
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        return self.interpreter.run(*args)
+
+
+def _use_handles(node: Node, handles: dict[Node, str]) -> None:
+    """Make an experts call one of the C++ op, whose layout was settled when it was packed."""
+    bound = bind(node)
+    interleaved = bound.pop("interleaved")
+    del bound["transposed"]
+    wanted = {"up": "experts", "down": "experts"}
+    if interleaved and bound["up_bias"] is not None:
+        wanted["up_bias"] = "bias"
+    for name, kind in wanted.items():
+        if handles.get(bound[name]) != kind:
+            raise BuildError(
+                f"the experts' {name} ({bound[name]}) is not a weight that only experts of one "
+                "layout read, so it cannot be packed; use backend='eager'"
+            )
+    node.target = torch.ops.inlay_cpu.experts.default
+    node.args, node.kwargs = (), bound
+
+
+def example_arguments(gm: GraphModule) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
+    """Example tensors and dynamic shapes for export, from the placeholders' specs."""
+    packed = packed_weights(gm)
+    dims: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
+    arguments: list[torch.Tensor] = []
+    dynamic: list[dict[int, Any]] = []
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        shape, dtype = node.meta["spec"]
+        if index in packed and node.meta["kind"] == "weight":
+            arguments.append(packed[index].example(shape, dtype))
+            dynamic.append({})
+            continue
+        for size in shape:
+            if isinstance(size, str) and size not in dims:
+                sizes[size] = EXAMPLE_SIZES[len(dims)]
+                dims[size] = torch.export.Dim(size, min=2, max=MAX_SIZE)
+        concrete = [sizes.get(size, size) for size in shape]
+        fill = torch.zeros if not dtype.is_floating_point else torch.ones
+        arguments.append(fill(concrete, dtype=dtype))
+        dynamic.append({d: dims[size] for d, size in enumerate(shape) if size in dims})
+    return tuple(arguments), tuple(dynamic)
+
+
+def compile_segment(graph: dict[str, Any], package: Path, optimization_level: int) -> None:
+    """Compile a segment's JSON graph into an AOTInductor package at this path."""
+    gm = graph_from_json(graph)
+    arguments, dynamic = example_arguments(gm)
+    with torch.no_grad():
+        program = torch.export.export(
+            _Segment(gm), arguments, dynamic_shapes=(dynamic,), strict=False
+        )
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(package), inductor_configs=inductor_config(optimization_level)
+        )
+
+
+def inductor_config(optimization_level: int) -> dict[str, Any]:
+    """Inductor's settings.
+
+    Threads are asked at run time, not baked into the package. The level is the C++ compiler's for
+    the host code, which only calls kernels but takes half of its time; kernels always get -O3.
+    Precompiled headers take longer to make than a handful of segments gains from them.
+    """
+    options = {
+        "cpp.dynamic_threads": True,
+        "aot_inductor.compile_wrapper_opt_level": f"O{optimization_level}",
+        "aot_inductor.precompile_headers": False,
+        "aot_inductor.enable_line_tables": False,  # not in torch 2.11
+    }
+    known = torch._inductor.config.get_config_copy()
+    return {name: value for name, value in options.items() if name in known}
+
+
+def main() -> None:
+    """A job a line on standard input; a line back for each, {} or {"error": ...}."""
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what compilers print is not a reply
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(lines,), daemon=True).start()
+    while True:
+        job = json.loads(lines.get())
+        reply = {}
+        try:
+            load_ops(Path(job["ops"]))
+            graph = json.loads(Path(job["graph"]).read_text())
+            compile_segment(graph, Path(job["package"]), job["optimization_level"])
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+def _read(lines: queue.SimpleQueue[str]) -> None:
+    """Input ends when the builder was killed: end at once, with the compilers that are running."""
+    for line in sys.stdin:
+        lines.put(line)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

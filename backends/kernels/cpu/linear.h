@@ -1,0 +1,188 @@
+// Linear layers over weights that oneDNN has packed once.
+//
+// A packed weight is opaque to torch's compilers, so the graph carries a handle: a small int64
+// tensor whose memory is the head of a Packed and whose storage owns it.
+#pragma once
+
+#include "small_matmul.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/List.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/linear.h>
+
+#include <atomic>
+#include <memory>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace inlay {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kMagic = 0x31304B4341504C49;  // "ILPACK01"
+constexpr int64_t kHandleLength = 4;
+
+template <class Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
+}
+
+// 64-byte alignment, as compiled segments expect of their inputs: no copy of the handle is made.
+struct alignas(64) Packed {
+  int64_t magic = kMagic;
+  int64_t address = reinterpret_cast<int64_t>(this);
+  int64_t out_features, in_features;
+  Tensor weight;
+  bool onednn;
+  const uint16_t* pairs = nullptr;  // the packed memory, where small_matmul can read it
+};
+
+const Packed& resolve(const Tensor& handle) {
+  const int64_t* head = handle.scalar_type() == at::kLong && handle.numel() == kHandleLength
+                            ? handle.const_data_ptr<int64_t>()
+                            : nullptr;
+  TORCH_CHECK(head && head[0] == kMagic, "inlay_cpu::linear: handle must be a tensor made by "
+              "inlay_cpu::pack_linear, got ", handle.scalar_type(), " ", handle.sizes());
+  TORCH_CHECK(head[1] == reinterpret_cast<int64_t>(head), "inlay_cpu::linear: this handle is a "
+              "copy of another; pass the tensor that inlay_cpu::pack_linear returned, or pack the "
+              "weight again");
+  return *reinterpret_cast<const Packed*>(head);
+}
+
+bool onednn_takes(at::ScalarType dtype) {
+  static const bool bf16 = find_op<bool()>("mkldnn::_is_mkldnn_bf16_supported").call();
+  static const bool fp16 = find_op<bool()>("mkldnn::_is_mkldnn_fp16_supported").call();
+  return dtype == at::kFloat || (dtype == at::kBFloat16 && bf16) || (dtype == at::kHalf && fp16);
+}
+
+// Put packed memory on huge pages where the kernel can (Linux 6.1): reading a weight of many MB
+// through 4 KB pages costs a third of the bandwidth in address translation. Failure costs only that.
+void use_huge_pages(int64_t address, int64_t num_bytes) {
+#if defined(__linux__)
+  constexpr int64_t kHugePage = 2 << 20;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, unknown to older headers
+  const int64_t first = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const int64_t last = (address + num_bytes) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, kCollapse);
+#endif
+}
+
+constexpr int64_t kBytesPerTask = 1 << 16;  // less is not worth waking a thread
+
+template <class Body>
+void parallel_over_blocks(int64_t out_features, int64_t in_features, const Body& body) {
+  const int64_t block_bytes = kSmallMatmulBlock * in_features * int64_t{sizeof(uint16_t)};
+  at::parallel_for(0, out_features / kSmallMatmulBlock,
+                   std::max<int64_t>(1, kBytesPerTask / block_bytes), body);
+}
+
+// The packed memory, if small_matmul knows its layout. oneDNN's layouts are its own affair and
+// differ between CPUs: every element is compared with the weight.
+const uint16_t* readable_pairs(const Packed& p, const Tensor& weight) {
+  static const auto data_ptr = find_op<int64_t(const Tensor&)>("mkldnn::data_ptr");
+  static const auto nbytes = find_op<int64_t(const Tensor&)>("mkldnn::_nbytes");
+  if (!p.onednn || weight.scalar_type() != at::kBFloat16 || !small_matmul_supported() ||
+      p.out_features % kSmallMatmulBlock || p.in_features % 2 ||
+      nbytes.call(p.weight) != static_cast<int64_t>(weight.nbytes()))
+    return nullptr;
+  const auto* packed = reinterpret_cast<const uint16_t*>(data_ptr.call(p.weight));
+  const auto* plain = static_cast<const uint16_t*>(weight.const_data_ptr());
+  std::atomic<bool> equal = true;
+  parallel_over_blocks(p.out_features, p.in_features, [&](int64_t first, int64_t last) {
+    if (!small_matmul_layout(packed, plain, p.in_features, first, last)) equal = false;
+  });
+  return equal ? packed : nullptr;
+}
+
+Tensor multiply_rows(const Packed& p, const Tensor& x, const std::optional<Tensor>& bias) {
+  const Tensor rows = x.contiguous();
+  auto shape = x.sizes().vec();
+  shape.back() = p.out_features;
+  Tensor y = at::empty(shape, x.options());
+  const Tensor flat_bias = bias ? bias->contiguous() : Tensor();
+  const auto* b = bias ? static_cast<const uint16_t*>(flat_bias.const_data_ptr()) : nullptr;
+  const SmallMatmul product{static_cast<const uint16_t*>(rows.const_data_ptr()), p.pairs, b,
+                            static_cast<uint16_t*>(y.mutable_data_ptr()),
+                            x.numel() / p.in_features, p.in_features, p.out_features};
+  parallel_over_blocks(p.out_features, p.in_features, [&](int64_t first, int64_t last) {
+    small_matmul(product, first, last);
+  });
+  return y;
+}
+
+std::unique_ptr<Packed> make_packed(const Tensor& weight) {
+  const auto dtype = weight.scalar_type();
+  TORCH_CHECK(weight.dim() == 2 && weight.numel() > 0, "inlay_cpu::pack_linear: weight must be "
+              "[out_features, in_features], got ", weight.sizes());
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+              "inlay_cpu::pack_linear: weight must be float32, bfloat16 or float16, got ", dtype);
+  static const auto reorder =
+      find_op<Tensor(const Tensor&, std::optional<c10::SymInt>)>("mkldnn::_reorder_linear_weight");
+  auto packed = std::make_unique<Packed>();
+  packed->out_features = weight.size(0);
+  packed->in_features = weight.size(1);
+  packed->onednn = onednn_takes(dtype);
+  const Tensor source = weight.detach().contiguous();
+  packed->weight = packed->onednn ? reorder.call(source, std::nullopt)
+                   : source.is_same(weight) || source.is_alias_of(weight) ? source.clone()
+                                                                          : source;
+  if (packed->onednn) {
+    static const auto data_ptr = find_op<int64_t(const Tensor&)>("mkldnn::data_ptr");
+    static const auto nbytes = find_op<int64_t(const Tensor&)>("mkldnn::_nbytes");
+    use_huge_pages(data_ptr.call(packed->weight), nbytes.call(packed->weight));
+  }
+  packed->pairs = readable_pairs(*packed, source);
+  return packed;
+}
+
+template <class P>
+Tensor make_handle(std::unique_ptr<P> packed) {
+  int64_t* head = &packed->magic;
+  auto free = [owner = packed.release()](void*) { delete owner; };
+  return at::from_blob(head, {kHandleLength}, free, at::TensorOptions(at::kLong));
+}
+
+Tensor pack_linear(const Tensor& weight) { return make_handle(make_packed(weight)); }
+
+Tensor multiply(const Packed& p, const Tensor& x, const std::optional<Tensor>& bias) {
+  if (!p.onednn) return at::linear(x, p.weight, bias);
+  const int64_t num_rows = x.numel() / p.in_features;
+  if (p.pairs && num_rows > 0 && num_rows <= kSmallMatmulRows) return multiply_rows(p, x, bias);
+  using Pointwise = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                           c10::string_view, c10::List<std::optional<at::Scalar>>,
+                           std::optional<c10::string_view>);
+  static const auto pointwise = find_op<Pointwise>("mkldnn::_linear_pointwise");
+  static const c10::List<std::optional<at::Scalar>> no_scalars;
+  return pointwise.call(x, p.weight, bias, "none", no_scalars, "");
+}
+
+Tensor linear(const Tensor& x, const Tensor& handle, const std::optional<Tensor>& bias,
+              int64_t out_features) {
+  const Packed& p = resolve(handle);
+  TORCH_CHECK(x.dim() > 0 && x.size(-1) == p.in_features && out_features == p.out_features,
+              "inlay_cpu::linear: the packed weight is [", p.out_features, ", ", p.in_features,
+              "], got x ", x.sizes(), " and out_features ", out_features);
+  TORCH_CHECK(x.scalar_type() == p.weight.scalar_type(), "inlay_cpu::linear: x must have the "
+              "weight's dtype ", p.weight.scalar_type(), ", got ", x.scalar_type());
+  return multiply(p, x, bias);
+}
+
+int64_t packed_nbytes(const Tensor& handle) {
+  const Packed& p = resolve(handle);
+  static const auto nbytes = find_op<int64_t(const Tensor&)>("mkldnn::_nbytes");
+  return p.onednn ? nbytes.call(p.weight) : static_cast<int64_t>(p.weight.nbytes());
+}
+
+std::string packed_format(const Tensor& handle) {
+  return resolve(handle).onednn ? "onednn" : "plain";
+}
+
+}  // namespace
+}  // namespace inlay

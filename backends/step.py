@@ -1,0 +1,142 @@
+"""One step's inputs: the ragged batch that every backend runs.
+
+All requests of a step are flattened into one row of tokens. A request brings the tokens that
+are not yet in its KV cache: a whole prompt, a chunk of one, or the single token it last sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+SMALLEST = 2
+"""Tokens and logits rows of a step, at the least. Matrix products of one row take another path in
+most libraries, and their sums differ in the last bit from those of the same row in a larger batch;
+export, too, treats a size of one as a case of its own."""
+
+PADDING_SLOT = -1
+"""Cache slot of a padding token: nothing is written for it."""
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """What one request brings to a step.
+
+    token_ids: the new tokens, in order; positions are num_computed_tokens + 0, 1, ...
+    block_tables: for each KV group the blocks that hold (or will hold) this request's cache.
+    needs_logits: whether the logits after the last new token are wanted (no for a prompt chunk
+        that is not the last).
+    """
+
+    token_ids: Sequence[int]
+    num_computed_tokens: int
+    block_tables: Sequence[Sequence[int]] | np.ndarray
+    needs_logits: bool = True
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """The tensors of one step. T tokens, B requests, R wanted logits, G KV groups.
+
+    Padding: tokens beyond query_start_loc[-1] belong to no request, have slot -1 and position 0;
+    requests beyond the real ones have seq_len 0 and no tokens; logits rows beyond num_logits
+    repeat token 0 and are to be ignored.
+    """
+
+    input_ids: torch.Tensor  # [T] int64
+    position_ids: torch.Tensor  # [T] int64
+    slot_mapping: torch.Tensor  # [G, T] int64, block * block_size + offset, or PADDING_SLOT
+    block_tables: torch.Tensor  # [G, B, max_blocks] int32
+    seq_lens: torch.Tensor  # [B] int32, cached tokens after this step
+    query_start_loc: torch.Tensor  # [B + 1] int32
+    logits_indices: torch.Tensor  # [R] int64
+    num_tokens: int
+    num_requests: int
+    num_logits: int
+
+    def to(self, device: torch.device) -> StepInputs:
+        """The same step with its tensors on a device."""
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **{name: t.to(device) for name, t in tensors.items()})
+
+
+def round_up(value: int, ladder: Sequence[int]) -> int:
+    """The smallest rung of an ascending ladder that is at least value; value itself beyond it."""
+    index = int(np.searchsorted(np.asarray(ladder), value))
+    return value if index == len(ladder) else int(ladder[index])
+
+
+def ladder_up_to(limit: int, smallest: int = SMALLEST) -> list[int]:
+    """Padded sizes: powers of two to 16, by 8 to 128, by 64 to 1024, then by 256, up to limit."""
+    rungs = {smallest, 2, 4, 8, 16, *range(24, 129, 8), *range(192, 1025, 64)}
+    rungs |= set(range(1280, limit + 256, 256))
+    return sorted({min(rung, max(limit, smallest)) for rung in rungs if rung >= smallest})
+
+
+def build_step(
+    requests: Sequence[StepRequest],
+    block_size: int,
+    *,
+    num_tokens: int | None = None,
+    num_requests: int | None = None,
+    num_logits: int | None = None,
+) -> StepInputs:
+    """Flatten requests into one step; the three sizes, where given, are padded to.
+
+    Tokens and logits rows are padded to at least SMALLEST.
+
+    Raises AssertionError when a block table is too short for its tokens: the scheduler's fault.
+    """
+    assert requests, "a step needs at least one request"
+    counts = np.array([len(r.token_ids) for r in requests], dtype=np.int64)
+    computed = np.array([r.num_computed_tokens for r in requests], dtype=np.int64)
+    num_groups = len(requests[0].block_tables)
+    real_tokens = int(counts.sum())
+    size_t, size_b = max(num_tokens or real_tokens, SMALLEST), num_requests or len(requests)
+    assert size_t >= real_tokens, f"{real_tokens} tokens do not fit {size_t}"
+    assert size_b >= len(requests), f"{len(requests)} requests do not fit {size_b}"
+    assert counts.min() > 0, "a request without tokens has no last row"
+
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    owner = np.repeat(np.arange(len(requests)), counts)
+    positions = np.zeros(size_t, dtype=np.int64)
+    positions[:real_tokens] = np.arange(real_tokens) - starts[owner] + computed[owner]
+    input_ids = np.zeros(size_t, dtype=np.int64)
+    input_ids[:real_tokens] = np.concatenate([np.asarray(r.token_ids) for r in requests])
+
+    max_blocks = max(len(table) for r in requests for table in r.block_tables)
+    block_tables = np.zeros((num_groups, size_b, max_blocks), dtype=np.int32)
+    for b, request in enumerate(requests):
+        for g, table in enumerate(request.block_tables):
+            needed = -(-int(computed[b] + counts[b]) // block_size)
+            assert len(table) >= needed, f"request {b}: {len(table)} blocks, {needed} needed"
+            block_tables[g, b, : len(table)] = table
+    slot_mapping = np.full((num_groups, size_t), PADDING_SLOT, dtype=np.int64)
+    real_positions = positions[:real_tokens]
+    blocks = block_tables[:, owner, real_positions // block_size].astype(np.int64)
+    slot_mapping[:, :real_tokens] = blocks * block_size + real_positions % block_size
+
+    seq_lens = np.zeros(size_b, dtype=np.int32)
+    seq_lens[: len(requests)] = computed + counts
+    query_start_loc = np.full(size_b + 1, real_tokens, dtype=np.int32)
+    query_start_loc[: len(requests) + 1] = starts
+    last = starts[1:] - 1
+    wanted = last[np.array([r.needs_logits for r in requests], dtype=bool)]
+    size_r = max(num_logits or len(wanted), len(wanted), SMALLEST)
+    logits_indices = np.zeros(size_r, dtype=np.int64)
+    logits_indices[: len(wanted)] = wanted
+    return StepInputs(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(positions),
+        slot_mapping=torch.from_numpy(slot_mapping),
+        block_tables=torch.from_numpy(block_tables),
+        seq_lens=torch.from_numpy(seq_lens),
+        query_start_loc=torch.from_numpy(query_start_loc),
+        logits_indices=torch.from_numpy(logits_indices),
+        num_tokens=real_tokens,
+        num_requests=len(requests),
+        num_logits=len(wanted),
+    )

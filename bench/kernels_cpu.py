@@ -1,0 +1,263 @@
+"""The C++ ops alone: attention and linear layers beside torch's own and the machine's limits.
+
+    python -m inlay.bench.kernels_cpu [--threads 2] [--repeats 20] [linear decode prefill calls]
+
+One JSON line for each measurement. What is compared runs in turns and the best of each counts;
+outputs are compared first. With one thread the clock is that thread's CPU time, which a busy host
+disturbs less. Linear layers are those of the 0.5b shape, all its weights in the model's order, so
+that they come from memory and not from a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from inlay.backends.kernels.cpu_ops import load_ops
+from inlay.bench.roofline import read_bandwidth
+from inlay.bench.shapes import SHAPES
+
+Run = Callable[[], Any]
+TOLERANCE = 2e-2
+"""Relative error in norm, of bfloat16 against bfloat16."""
+
+
+def best_seconds(runs: dict[str, Run], repeats: int) -> dict[str, float]:
+    """The shortest time of each, taken in turns."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            begin = clock()
+            run()
+            best[name] = min(best[name], clock() - begin)
+    return best
+
+
+def check_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+    assert error < TOLERANCE, f"outputs differ by {error:.3f}: no speed is worth measuring"
+
+
+def layer_shapes(shape: str) -> dict[str, tuple[int, int]]:
+    """[out_features, in_features] of a decoder layer's fused linears."""
+    config = SHAPES[shape]
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    head_dim = hidden // config["num_attention_heads"]
+    kv_width = 2 * config["num_key_value_heads"] * head_dim
+    return {
+        "qkv": (hidden + kv_width, hidden),
+        "o": (hidden, hidden),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+    }
+
+
+def bench_linear(repeats: int, shape: str = "0.5b") -> Iterator[dict[str, Any]]:
+    """Packed linears beside F.linear for growing batches, in GB/s of weights."""
+    shapes, config = layer_shapes(shape), SHAPES[shape]
+    names = [name for _ in range(config["num_hidden_layers"]) for name in shapes] + ["lm_head"]
+    shapes["lm_head"] = (config["vocab_size"], config["hidden_size"])
+    plain = [torch.randn(shapes[name]).mul_(0.02).bfloat16() for name in names]
+    packed = [torch.ops.inlay_cpu.pack_linear(weight) for weight in plain]
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    for num_rows in (1, 2, 4, 8, 16, 32, 64, 512):
+        inputs = {n: torch.randn(num_rows, k).bfloat16() for n, (_, k) in shapes.items()}
+
+        def ours(index: int, name: str, x: dict[str, torch.Tensor] = inputs) -> torch.Tensor:
+            return torch.ops.inlay_cpu.linear(x[name], packed[index], None, shapes[name][0])
+
+        def theirs(index: int, name: str, x: dict[str, torch.Tensor] = inputs) -> torch.Tensor:
+            return F.linear(x[name], plain[index])
+
+        for index in range(4):
+            check_close(ours(index, names[index]), theirs(index, names[index]))
+        calls = {"packed": ours, "F.linear": theirs}
+        # The best of each layer's calls is summed: a pass is too long to stay undisturbed.
+        best = {variant: [float("inf")] * len(names) for variant in calls}
+        read = 0.0
+        for _ in range(repeats):
+            for variant, call in calls.items():
+                for index, name in enumerate(names):
+                    begin = clock()
+                    call(index, name)
+                    best[variant][index] = min(best[variant][index], clock() - begin)
+            read = max(read, read_bandwidth(1))
+        size = {name: 2 * n * k * names.count(name) for name, (n, k) in shapes.items()}
+        for variant, times in best.items():
+            total = sum(times)
+            spent = dict.fromkeys(shapes, 0.0)
+            for name, seconds in zip(names, times, strict=True):
+                spent[name] += seconds
+            rate = {name: size[name] / spent[name] / 1e9 for name in shapes}
+            yield {
+                "bench": "linear",
+                "variant": variant,
+                "rows": num_rows,
+                "gb_s": {name: round(value, 1) for name, value in rate.items()},
+                "all_ms": round(total * 1e3, 2),
+                "all_gb_s": round(sum(size.values()) / total / 1e9, 1),
+                "all_gflop_s": round(sum(size.values()) * num_rows / total / 1e9),
+                "read_gb_s": round(read / 1e9, 1),
+            }
+
+
+def attention_call(
+    requests: list[tuple[int, int]],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    block_size: int,
+    num_caches: int = 1,
+) -> tuple[Run, list[torch.Tensor]]:
+    """A step of requests (cached tokens after it, new tokens); caches rotate between calls.
+
+    Returns the call and [q, k, v] of the new tokens.
+    """
+    blocks = [-(-length // block_size) for length, _ in requests]
+    order = torch.randperm(sum(blocks), dtype=torch.int32)
+    table = torch.zeros(len(requests), max(blocks), dtype=torch.int32)
+    slots, starts = [], [0]
+    for b, (length, new) in enumerate(requests):
+        begin = sum(blocks[:b])
+        table[b, : blocks[b]] = order[begin : begin + blocks[b]]
+        where = torch.arange(length - new, length)
+        slots.append(table[b].long()[where // block_size] * block_size + where % block_size)
+        starts.append(starts[-1] + new)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape).to(dtype)
+
+    pool = (sum(blocks), num_kv_heads)
+    caches = itertools.cycle(
+        [
+            (randn(*pool, head_dim, block_size), randn(*pool, block_size, head_dim))
+            for _ in range(num_caches)
+        ]
+    )
+    q, k, v = (randn(starts[-1], h, head_dim) for h in (num_heads, num_kv_heads, num_kv_heads))
+    slot_mapping = torch.cat(slots)
+    seq_lens = torch.tensor([length for length, _ in requests], dtype=torch.int32)
+    query_start_loc = torch.tensor(starts, dtype=torch.int32)
+
+    def call() -> torch.Tensor:
+        return torch.ops.inlay_cpu.paged_attention(
+            q, k, v, *next(caches), slot_mapping, table, seq_lens, query_start_loc,
+            head_dim**-0.5, 0, 0.0, None,
+        )  # fmt: skip
+
+    return call, [q, k, v]
+
+
+def bench_decode(repeats: int) -> Iterator[dict[str, Any]]:
+    """Decode attention in GB/s of cache beside a stream's; eight caches, as of eight layers."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for batch, context, heads, kv_heads, head_dim, dtype, block_size in (
+        (16, 1024, 8, 8, 128, bf16, 16),
+        (16, 1024, 32, 8, 128, bf16, 16),
+        (16, 1024, 32, 8, 128, bf16, 64),
+        (64, 1024, 14, 2, 64, bf16, 16),
+        (16, 1024, 8, 8, 128, fp32, 16),
+        (1, 8192, 14, 2, 64, bf16, 16),
+        (1, 8192, 8, 1, 128, bf16, 16),
+    ):
+        call, _ = attention_call(
+            [(context, 1)] * batch, heads, kv_heads, head_dim, dtype, block_size, num_caches=8
+        )
+        seconds = best_seconds({"own": call}, 2 * repeats)["own"]
+        size = 2 * batch * context * kv_heads * head_dim * dtype.itemsize
+        yield {
+            "bench": "decode",
+            "batch": batch,
+            "context": context,
+            "heads": [heads, kv_heads, head_dim],
+            "dtype": str(dtype).removeprefix("torch."),
+            "block_size": block_size,
+            "ms": round(seconds * 1e3, 3),
+            "gb_s": round(size / seconds / 1e9, 1),
+            "read_gb_s": round(read_bandwidth() / 1e9, 1),
+        }
+
+
+def bench_prefill(repeats: int) -> Iterator[dict[str, Any]]:
+    """Causal prefill beside dense SDPA and a float32 matrix product (near the CPU's FMA peak)."""
+    square = torch.randn(1024, 1024)
+    for tokens, heads, kv_heads, head_dim, dtype in (
+        (512, 14, 2, 64, torch.bfloat16),
+        (512, 14, 2, 64, torch.float32),
+        (2048, 14, 2, 64, torch.bfloat16),
+        (512, 32, 8, 128, torch.bfloat16),
+    ):
+        call, qkv = attention_call([(tokens, tokens)], heads, kv_heads, head_dim, dtype, 16)
+        q, k, v = (x.transpose(0, 1)[None].contiguous() for x in qkv)
+
+        def dense(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> torch.Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        check_close(call(), dense()[0].transpose(0, 1))
+        runs: dict[str, Run] = {"own": call, "sdpa": dense, "matmul": lambda: square @ square}
+        seconds = best_seconds(runs, repeats)
+        flops = 2 * tokens * (tokens + 1) * heads * head_dim
+        yield {
+            "bench": "prefill",
+            "tokens": tokens,
+            "heads": [heads, kv_heads, head_dim],
+            "dtype": str(dtype).removeprefix("torch."),
+            "ms": round(seconds["own"] * 1e3, 2),
+            "sdpa_ms": round(seconds["sdpa"] * 1e3, 2),
+            "gflop_s": round(flops / seconds["own"] / 1e9),
+            "float32_matmul_gflop_s": round(2 * 1024**3 / seconds["matmul"] / 1e9),
+        }
+
+
+def bench_calls(repeats: int) -> Iterator[dict[str, Any]]:
+    """Microseconds of a call that has next to nothing to compute."""
+    x, weight = torch.randn(2, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    handle = torch.ops.inlay_cpu.pack_linear(weight)
+    attention, _ = attention_call([(16, 1)] * 2, 2, 1, 64, torch.bfloat16, 16)
+    runs: dict[str, Run] = {
+        "linear": lambda: torch.ops.inlay_cpu.linear(x, handle, None, 64),
+        "F.linear": lambda: F.linear(x, weight),
+        "paged_attention": attention,
+    }
+    seconds = best_seconds(runs, 100 * repeats)
+    yield {"bench": "calls", "us": {name: round(s * 1e6, 1) for name, s in seconds.items()}}
+
+
+BENCHES = {
+    "linear": bench_linear,
+    "decode": bench_decode,
+    "prefill": bench_prefill,
+    "calls": bench_calls,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("benches", nargs="*", choices=[*BENCHES, []], metavar="bench")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=20)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    load_ops()
+    conditions = {
+        "isa": torch.ops.inlay_cpu.get_isa(),
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+    }
+    with torch.inference_mode():
+        for name in arguments.benches or BENCHES:
+            for facts in BENCHES[name](arguments.repeats):
+                print(json.dumps({**facts, **conditions}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What a compile can be asked for: one frozen dataclass, validated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from inlay.backends.select import BACKENDS
+from inlay.errors import OptionError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+VERIFY = ("capture", "engine", "pass")
+BLOCK_SIZES = (16, 32, 64, 128)
+
+DEFAULT_MAX_SEQ_LEN = 4096
+"""Where neither the option nor the model's config sets a limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """Options of `compile_model` and `inlay build`.
+
+    backend: what runs the segments: "inductor" (compiled) or "eager" (the reference).
+    dtype: "float32", "bfloat16" or "float16", of weights, activations and KV cache; "auto" takes
+        the checkpoint's.
+    max_seq_len: tokens of one request, prompt and output together; None takes the model's.
+    max_num_tokens: tokens in one step over all requests: longer prompts are chunked.
+    max_num_seqs: requests in one step.
+    block_size: tokens that a KV block holds: 16, 32, 64 or 128.
+    optimization_level: 0 to 3, of the C++ compiler for the code that calls the kernels, which
+        are always fully optimized: 0 (the default) builds fastest, 1 decodes some 3 % faster.
+    verify: "capture" compares the captured graph with Hugging Face; "engine" (the default) also
+        the finished engine; "pass" also the graph after each pass, naming the first that errs.
+    trust_remote_code: run Python code that comes with a checkpoint (auto_map in its config); read
+        it first. Without it such a checkpoint is refused, or run by transformers' own class.
+    """
+
+    backend: str = "inductor"
+    dtype: str = "auto"
+    max_seq_len: int | None = None
+    max_num_tokens: int = 2048
+    max_num_seqs: int = 64
+    block_size: int = 32
+    optimization_level: int = 0
+    verify: str = "engine"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dtype, torch.dtype):
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        _one_of("backend", self.backend, BACKENDS)
+        _one_of("dtype", self.dtype, ("auto", *DTYPES))
+        _one_of("block_size", self.block_size, BLOCK_SIZES)
+        _one_of("optimization_level", self.optimization_level, (0, 1, 2, 3))
+        _one_of("verify", self.verify, VERIFY)
+        _one_of("trust_remote_code", self.trust_remote_code, (False, True))
+        for name, least in (("max_seq_len", 2), ("max_num_tokens", 2), ("max_num_seqs", 1)):
+            value = getattr(self, name)
+            if value is None and name == "max_seq_len":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if self.max_num_tokens < self.max_num_seqs:
+            raise OptionError(
+                f"max_num_tokens must be at least max_num_seqs ({self.max_num_seqs}), so that "
+                f"every running request gets a token in every step, got {self.max_num_tokens}"
+            )
+
+    @staticmethod
+    def from_kwargs(kwargs: dict[str, Any]) -> CompileOptions:
+        """Raises OptionError for a keyword that is not an option."""
+        known = CompileOptions.__dataclass_fields__
+        for name in kwargs:
+            if name not in known:
+                raise OptionError(f"unknown option {name!r}; options are {', '.join(known)}")
+        return CompileOptions(**kwargs)
+
+
+def _one_of(name: str, value: Any, allowed: Any) -> None:
+    # By type as well: 16.0 and True equal integers.
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        raise OptionError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def check_against_model(options: CompileOptions, limit: int | None) -> int:
+    """The engine's max_seq_len, from the option or the model's own limit (None: it has none).
+
+    Raises:
+        OptionError: the option is beyond what the model's positions reach.
+    """
+    if options.max_seq_len is None:
+        return limit or DEFAULT_MAX_SEQ_LEN
+    if limit is not None and options.max_seq_len > limit:
+        raise OptionError(
+            f"max_seq_len must be at most the model's max_position_embeddings ({limit}), got "
+            f"{options.max_seq_len}"
+        )
+    return options.max_seq_len

@@ -1,0 +1,220 @@
+"""The pipeline: Hugging Face model -> captured graph -> passes -> program -> backend -> artifact.
+
+This is the file to read first. `lower` is the whole of it, in order.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import platform
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import inlay
+from inlay.backends.artifact import (
+    Artifact,
+    hash_files,
+    write_json,
+    write_manifest,
+    write_weights,
+)
+from inlay.backends.atomic import check_target, writing
+from inlay.backends.base import BuildSettings, ModelLimits
+from inlay.backends.graph_json import graph_to_json
+from inlay.backends.program import Program
+from inlay.backends.select import get_backend
+from inlay.lowering.capture import capture
+from inlay.lowering.export import Captured, max_positions
+from inlay.lowering.guards import (
+    check_capture,
+    check_engine,
+    packed_check,
+    reference_logits,
+)
+from inlay.lowering.loading import Source, load_source
+from inlay.lowering.options import CompileOptions, check_against_model
+from inlay.lowering.partition import partition
+from inlay.lowering.rope import data_dependent
+from inlay.passes.pass_manager import PassReport, run_passes
+from inlay.passes.weights import make_weight
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+
+
+class Phases:
+    """Times the phases of a build and tells them to whoever watches."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - begin, 3)
+        self._progress(f"{name}: {self.seconds[name]:.1f} s")
+
+
+def lower(
+    model: Any,
+    target: Path,
+    options: CompileOptions,
+    tokenizer: Any = None,
+    progress: Progress = logger.info,
+) -> Path:
+    """Compile a model into an artifact at target; returns target.
+
+    model: a transformers causal LM, a directory, a hub id or "demo". tokenizer: for a model in
+    memory, its tokenizer or a directory or hub id that has it. progress gets a line per phase.
+
+    Raises:
+        ModelLoadError, UnsupportedModelError, OptionError, BuildError: see each phase.
+        VerificationError: the result does not compute what Hugging Face computes.
+    """
+    phase = Phases(progress)
+    backend = get_backend(options.backend)
+    check_target(target)
+    with phase("load"):
+        source = load_source(model, options.dtype, tokenizer, options.trust_remote_code)
+        del model
+    backend.prepare()
+    name, hf = source.name, source.model
+    dtype = next(p.dtype for p in hf.parameters())
+    max_seq_len = check_against_model(options, max_positions(hf))
+    with phase("capture"):
+        captured = capture(hf, options.max_num_tokens, max_seq_len)
+        limits = _limits(hf, captured, options, max_seq_len)
+        references = reference_logits(hf, captured, max_seq_len)
+        check = packed_check(captured, references, options.block_size)
+        errors = {
+            "hugging_face": references.noise,
+            "capture": check_capture(captured, references, check),
+        }
+    if kinds := data_dependent(hf):
+        logger.warning(
+            "RoPE of type %s: the engine takes the frequencies for %d tokens (max_seq_len) for "
+            "every request; Hugging Face chooses them by the longest request of each batch",
+            ", ".join(kinds),
+            max_seq_len,
+        )
+    with phase("passes"):
+        every_pass = check if options.verify == "pass" else None
+        reports = [*captured.reports, *run_passes(captured.graph, check=every_pass)]
+        program, segments = partition(captured.graph, dtype)
+    settings = BuildSettings(limits, options.optimization_level, progress, origin=name)
+    with phase("backend check"):
+        backend.check(program, settings)
+    with writing(target) as directory:
+        with phase("weights"):
+            _write_model(directory, source)
+            recipes = captured.graph.meta["recipes"]
+            write_json(directory / "recipe.json", recipes)
+            write_weights(directory, _weights(program, captured))
+        # The engine is checked with the artifact's weights alone.
+        del source, hf, captured, check, every_pass
+        gc.collect()  # modules lie in reference cycles, their weights with them
+        with phase("compile"):
+            for key, segment in segments.items():
+                write_json(directory / "segments" / key / "graph.json", graph_to_json(segment))
+            on = backend.build(segments, directory / "segments", settings)
+        write_json(directory / "program.json", program.to_json())
+        manifest = {
+            **_manifest(directory, options, limits, program, reports),
+            "target": on,
+            "rebuild": _rebuild_command(options, name),
+            "files": hash_files(directory),
+        }
+        if options.verify != "capture":
+            with phase("verify"):
+                write_manifest(directory, manifest)
+                loaded = backend.load(Artifact(directory))
+                what = f"the {backend.name} engine"
+                errors["engine"] = check_engine(loaded, references, what)
+                del loaded
+        manifest |= {"errors": errors, "phases": phase.seconds}
+        write_manifest(directory, manifest)
+    return target
+
+
+def _limits(
+    model: PreTrainedModel, captured: Captured, options: CompileOptions, max_seq_len: int
+) -> ModelLimits:
+    max_num_tokens = min(options.max_num_tokens, captured.max_num_tokens)
+    return ModelLimits(
+        vocab_size=model.config.get_text_config().vocab_size,
+        max_seq_len=max_seq_len,
+        max_num_tokens=max_num_tokens,
+        max_num_seqs=min(options.max_num_seqs, max_num_tokens),
+        block_size=options.block_size,
+    )
+
+
+def _weights(program: Program, captured: Captured) -> Iterator[tuple[str, torch.Tensor]]:
+    """The program's weights in order of use, each made by its recipe when its turn comes."""
+    recipes = captured.graph.meta["recipes"]
+    for name in program.weight_names:
+        yield name, make_weight(name, recipes, captured.sources.__getitem__)
+
+
+def _write_model(directory: Path, source: Source) -> None:
+    """What transformers needs beside the weights: config, generation config, tokenizer."""
+    folder = directory / "model"
+    folder.mkdir()
+    source.model.config.save_pretrained(folder)
+    if getattr(source.model, "generation_config", None) is not None:
+        # Not save_pretrained: it refuses contradictions that many checkpoints have.
+        text = source.model.generation_config.to_json_string()
+        (folder / "generation_config.json").write_text(text)
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(folder)
+
+
+def _manifest(
+    directory: Path,
+    options: CompileOptions,
+    limits: ModelLimits,
+    program: Program,
+    reports: list[PassReport],
+) -> dict[str, Any]:
+    return {
+        "inlay": inlay.__version__,
+        "architecture": json_config(directory)["model_type"],
+        "backend": options.backend,
+        "dtype": program.dtype,
+        "packages": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "limits": asdict(limits),
+        "options": asdict(options),
+        "num_segments": len(program.segment_keys),
+        "passes": [asdict(report) for report in reports],
+    }
+
+
+def json_config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "model" / "config.json").read_text())
+
+
+def _rebuild_command(options: CompileOptions, source: str) -> str:
+    flags = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for name, value in asdict(options).items()
+        if value != getattr(CompileOptions, name)
+    ]
+    return " ".join(["inlay build", shlex.quote(source), "-o DIR", *flags])

@@ -1,0 +1,81 @@
+"""What comes out: of the executor each step, and of the API for each request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["length", "stop", "abort"]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one executor step gave one request.
+
+    token_ids: the newly sampled tokens; a token that ends the request is among them.
+    finish_reason: None while the request goes on.
+    stop_reason: the entry of stop_token_ids that was sampled; None for end of sequence.
+    error: why the step failed; the request is over, its blocks are free.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    error: BaseException | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether this is the request's last output."""
+        return self.finish_reason is not None or self.error is not None
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """When things happened, in seconds on the clock of time.perf_counter()."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finish_time: float | None = None
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token, in seconds."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+    @property
+    def e2e_latency(self) -> float | None:
+        """Arrival to finish, in seconds."""
+        return None if self.finish_time is None else self.finish_time - self.arrival_time
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One generated sequence, so far.
+
+    text: all of the text, in whole characters; a stop string is cut off unless asked for. Empty
+        without a tokenizer.
+    token_ids: all generated ids, the one that ended the request included.
+    finish_reason: "length" (max_tokens or max_seq_len), "stop", "abort", or None: not finished.
+    stop_reason: the stop string or the entry of stop_token_ids that ended it; None otherwise.
+    delta: what `text` gained since the previous output of the same stream.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    delta: str = ""
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request and what was generated for it; `prompt` is None where token ids were given."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics

@@ -1,0 +1,209 @@
+"""`compile_model`, and the handle on what it made."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from inlay.backends.artifact import MANIFEST, Artifact
+from inlay.backends.atomic import temporary_directory, writing
+from inlay.backends.base import LoadedModel
+from inlay.backends.cache import cache_dir
+from inlay.backends.select import get_backend
+from inlay.errors import ArtifactError, BuildError, OptionError
+from inlay.lowering.loading import load_tokenizer
+from inlay.lowering.options import CompileOptions
+from inlay.lowering.pipeline import lower
+
+logger = logging.getLogger(__name__)
+
+PORTABLE = "eager"
+"""The backend that runs the graphs of any artifact, whatever else they were compiled for."""
+
+
+class Engine:
+    """A compiled model on disk. `compile_model` makes one; `Engine.load` opens a saved one."""
+
+    def __init__(self, artifact: Artifact, backend: str | None = None) -> None:
+        self.artifact = artifact
+        built = artifact.manifest["backend"]
+        self.backend = backend or built
+        get_backend(self.backend)
+        if self.backend not in (built, PORTABLE):
+            raise OptionError(
+                f"backend must be one of {', '.join({built: 1, PORTABLE: 1})} for the artifact "
+                f"{artifact.path}, got {backend!r}; build another with `inlay build`"
+            )
+
+    @staticmethod
+    def load(
+        path: str | os.PathLike[str], *, backend: str | None = None, check_weights: bool = False
+    ) -> Engine:
+        """Open an artifact directory.
+
+        backend: None for the one it was built for, or "eager" to interpret its graphs without
+            compiled code. check_weights: also hash the weight files; the rest always is.
+
+        Raises:
+            ArtifactError: the directory is no artifact, damaged, or of another format version.
+            OptionError: the artifact was not built for this backend.
+        """
+        return Engine(Artifact(path, check_weights), backend)
+
+    def load_model(self) -> LoadedModel:
+        """Load code and weights; raises ArtifactError where they do not fit this machine."""
+        self._check_present()
+        return get_backend(self.backend).load(self.artifact)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, None where it has none."""
+        self._check_present()
+        trusted = self.manifest["options"].get("trust_remote_code", False)
+        return load_tokenizer(self.artifact.model_dir, trusted)
+
+    def _check_present(self) -> None:
+        if not (self.path / MANIFEST).is_file():
+            raise ArtifactError(
+                f"artifact {self.path} is gone: it was moved or removed since it was opened; open "
+                "it where it is now with Engine.load"
+            )
+
+    @property
+    def path(self) -> Path:
+        return self.artifact.path
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the engine is and was built for: see the artifact's inlay.json."""
+        return self.artifact.manifest
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the model gives hidden states of whole requests rather than next tokens."""
+        return self.artifact.program.is_encoder
+
+    @property
+    def model_config(self) -> dict[str, Any]:
+        """The model's Hugging Face config."""
+        return self.artifact.json("model/config.json")
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The model's Hugging Face generation config; {} where it has none."""
+        file = self.artifact.model_dir / "generation_config.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def save(self, path: str | os.PathLike[str]) -> Engine:
+        """Save to a directory of its own and return the engine there.
+
+        The directory appears whole or not at all; an artifact that stands there is replaced.
+        Weights are hard-linked where the file system allows it, else copied.
+
+        Raises:
+            BuildError: the directory holds something else, or cannot be written.
+        """
+        self._check_present()
+        target = Path(path)
+        if target.exists() and target.samefile(self.path):
+            return self
+        with writing(target) as directory:
+            for file in self.path.rglob("*"):
+                place = directory / file.relative_to(self.path)
+                if file.is_dir():
+                    place.mkdir(exist_ok=True)
+                else:
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    _link_or_copy(file, place)
+        return Engine(Artifact(target), self.backend)
+
+    def __repr__(self) -> str:
+        architecture = self.manifest["architecture"]
+        return f"Engine({architecture}, backend={self.backend!r}, path={str(self.path)!r})"
+
+
+def _link_or_copy(file: Path, place: Path) -> None:
+    if file.suffix == ".safetensors":
+        try:
+            os.link(file, place)
+            return
+        except OSError as error:
+            logger.debug("no hard link to %s (%s): copied", place, error)
+    shutil.copyfile(file, place)
+
+
+def compile_model(
+    model: Any,
+    backend: str = "inductor",
+    *,
+    tokenizer: Any = None,
+    progress: Callable[[str], None] = logger.info,
+    **options: Any,
+) -> Engine:
+    """Compile a Hugging Face causal language model into an engine.
+
+    model: a transformers model in memory (never changed), a directory, a hub id, or "demo".
+    tokenizer: for a model in memory, its tokenizer or where to load it from; without one the
+        engine takes token ids only. progress: called with a line when a phase of the build ends.
+    options: the fields of `CompileOptions`: dtype, max_seq_len, max_num_tokens, max_num_seqs,
+        block_size, optimization_level, verify, trust_remote_code.
+
+    The engine lies in a staging directory that lives as long as the Engine; `save` keeps it.
+    Segments that were compiled before come from the cache (INLAY_CACHE_DIR, ~/.cache/inlay).
+
+    Raises:
+        OptionError, ModelLoadError, UnsupportedModelError, BuildError, VerificationError: each
+            says what is the matter and what to do; nothing is left behind.
+    """
+    validated = CompileOptions.from_kwargs({"backend": backend, **options})
+    staging = _staging_directory()
+    engine_dir = staging / "engine"
+    try:
+        lower(model, engine_dir, validated, tokenizer, progress)
+        engine = Engine(Artifact(engine_dir))
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    weakref.finalize(engine.artifact, _remove_staging, staging, os.getpid())
+    return engine
+
+
+def _remove_staging(staging: Path, owner: int) -> None:
+    """Only in the process that made it: a forked child ends before its parent does."""
+    if os.getpid() == owner:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def build(
+    model: Any,
+    path: str | os.PathLike[str],
+    options: CompileOptions,
+    *,
+    tokenizer: Any = None,
+    progress: Callable[[str], None] = logger.info,
+) -> Engine:
+    """Compile straight into a directory: `compile_model(...).save(path)` with one write."""
+    return Engine(Artifact(lower(model, Path(path), options, tokenizer, progress)))
+
+
+def is_artifact(path: Any) -> bool:
+    """Whether this names an artifact directory rather than a model."""
+    return isinstance(path, str | os.PathLike) and (Path(path) / MANIFEST).is_file()
+
+
+def _staging_directory() -> Path:
+    """A fresh directory under the cache; those of dead processes are removed."""
+    parent = cache_dir() / "staging"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return temporary_directory(parent, "engine-")
+    except OSError as error:
+        raise BuildError(
+            f"the cache {parent} cannot be written: {error}; set INLAY_CACHE_DIR to a directory "
+            "that can"
+        ) from error

@@ -1,0 +1,109 @@
+"""What `LLM` was given: an engine, an artifact's directory, or a model to compile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from inlay.backends.base import LoadedModel
+from inlay.errors import OptionError
+from inlay.runtime.config import ExecutorConfig
+from inlay.runtime.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EXECUTOR_OPTIONS = frozenset(field.name for field in fields(ExecutorConfig))
+LOAD_OPTIONS = frozenset({"backend", "check_weights"})
+BUILD_SIZES = frozenset({"max_num_tokens", "max_num_seqs", "max_seq_len"})
+"""Options of both the build and the executor; where there is a build, it takes them."""
+
+
+class EngineLike(Protocol):
+    """What is needed of an engine; `inlay.Engine` is one."""
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        """The Hugging Face config."""
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The Hugging Face generation config, {} where there is none."""
+
+    def load_model(self) -> LoadedModel:
+        """Load code and weights."""
+
+    def tokenizer(self) -> Any:
+        """The tokenizer, None where there is none."""
+
+
+def open_engine(
+    model: Any, tokenizer: Any, options: Mapping[str, Any]
+) -> tuple[EngineLike, PreTrainedTokenizerBase | None, ExecutorConfig]:
+    """The engine, compiled where need be, its tokenizer, and how to run it.
+
+    Raises OptionError for an option that has no meaning for this kind of model, or a bad value.
+    """
+    from inlay.engine import Engine, compile_model, is_artifact
+
+    if isinstance(tokenizer, str | os.PathLike):
+        from inlay.lowering.loading import load_tokenizer
+
+        place, tokenizer = tokenizer, load_tokenizer(tokenizer)
+        if tokenizer is None:
+            raise OptionError(f"there is no tokenizer at tokenizer={str(place)!r}")
+    if hasattr(model, "load_model"):
+        config, _ = _split(options, EXECUTOR_OPTIONS, frozenset(), "an engine")
+        engine = model
+    elif is_artifact(model):
+        config, rest = _split(options, EXECUTOR_OPTIONS, LOAD_OPTIONS, "an artifact")
+        engine = Engine.load(model, **rest)
+    else:
+        config, rest = _split(options, EXECUTOR_OPTIONS - BUILD_SIZES, None, "a model")
+        engine = compile_model(model, tokenizer=tokenizer, **rest)
+    if tokenizer is None:
+        tokenizer = engine.tokenizer()
+    if not config.eos_token_ids:
+        config = replace(config, eos_token_ids=eos_token_ids(engine, tokenizer))
+    return engine, tokenizer, config
+
+
+def eos_token_ids(engine: EngineLike, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """Tokens that end a sequence: of the generation config, else the config, else the tokenizer."""
+    for source in (engine.generation_config, engine.model_config):
+        given = source.get("eos_token_id")
+        if given is not None:
+            return tuple(given) if isinstance(given, list | tuple) else (given,)
+    given = getattr(tokenizer, "eos_token_id", None)
+    return () if given is None else (given,)
+
+
+def default_sampling(engine: EngineLike) -> SamplingParams:
+    """What the model's generation config recommends; SamplingParams' defaults for the rest."""
+    config = engine.generation_config
+    names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k"}
+    names["max_new_tokens"] = "max_tokens"
+    given = {ours: config[name] for name, ours in names.items() if config.get(name) is not None}
+    if config.get("do_sample") is False:
+        given["temperature"] = 0.0
+    return SamplingParams(**given)
+
+
+def _split(
+    options: Mapping[str, Any],
+    executor: frozenset[str],
+    others: frozenset[str] | None,
+    what: str,
+) -> tuple[ExecutorConfig, dict[str, Any]]:
+    """The executor's options, checked, and the rest; that may be anything where others is None."""
+    rest = {name: value for name, value in options.items() if name not in executor}
+    unknown = [] if others is None else sorted(set(rest) - others)
+    if unknown:
+        allowed = sorted(executor | (others or frozenset()))
+        raise OptionError(
+            f"LLM({what}, ...) knows no option {unknown[0]!r}; allowed: {', '.join(allowed)}."
+            " What belongs to the build was settled when the engine was compiled"
+        )
+    return ExecutorConfig(**{n: v for n, v in options.items() if n in executor}), rest

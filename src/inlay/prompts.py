@@ -1,0 +1,126 @@
+"""The forms in which prompts may be given, and their way to token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+from inlay.errors import RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+
+MEDIA = frozenset({"multi_modal_data", "images", "image", "pixel_values", "audio", "video"})
+"""What a prompt may not hold: the names that other engines have for input that is not text."""
+
+FORMS = 'text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt's token ids, not yet checked, and its text where text was given."""
+
+    text: str | None
+    token_ids: Sequence[int]
+
+
+def as_prompt_list(prompts: Any) -> list[Any]:
+    """One prompt or many, as a list; a list of integers is one prompt of token ids."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
+        raise RequestError(f"prompts must be {FORMS}, or a list of those; given {prompts!r}")
+    if prompts and all(isinstance(item, Integral) for item in prompts):
+        return [prompts]
+    return list(prompts)
+
+
+def as_conversations(messages: Sequence[Any]) -> list[Sequence[Mapping[str, Any]]]:
+    """One conversation or many, as a list; a list of mappings is one conversation."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise RequestError(
+            'messages must be a list like [{"role": "user", "content": "..."}], or a list of such'
+            f" lists, and not empty; given {messages!r}"
+        )
+    return [messages] if isinstance(messages[0], Mapping) else list(messages)
+
+
+def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase | None) -> EncodedPrompt:
+    """Token ids of a prompt in any form; RequestError where it has none of them."""
+    if isinstance(prompt, Mapping):
+        keys = set(prompt)
+        refuse_media(_media(prompt))
+        if keys == {"prompt"} and isinstance(prompt["prompt"], str):
+            prompt = prompt["prompt"]
+        elif keys == {"prompt_token_ids"} and not isinstance(prompt["prompt_token_ids"], str):
+            prompt = prompt["prompt_token_ids"]
+        else:
+            raise RequestError(f"a prompt must be {FORMS}; given {prompt!r}")
+    if isinstance(prompt, str):
+        return EncodedPrompt(prompt, _encode_text(prompt, tokenizer))
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+        raise RequestError(f"a prompt must be {FORMS}; given {prompt!r}")
+    return EncodedPrompt(None, prompt)
+
+
+def _media(prompt: Mapping[str, Any]) -> set[str]:
+    """The types of what a prompt holds beside text: "image" rather than "multi_modal_data"."""
+    parts = prompt.get("multi_modal_data")
+    inner = set(map(str, parts)) if isinstance(parts, Mapping) else set()
+    found = set(map(str, prompt)) & MEDIA
+    return (found - {"multi_modal_data"}) | inner if inner else found
+
+
+def refuse_media(given: Collection[str]) -> None:
+    """Raises RequestError for anything but text."""
+    if given:
+        raise RequestError(
+            f"input of type {', '.join(sorted(given))} is not supported: of a model for text and "
+            "images the text tower is run; give text only"
+        )
+
+
+def render_chat(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    **template_options: Any,
+) -> EncodedPrompt:
+    """Messages through the tokenizer's chat template, ready for the model's answer."""
+    if tokenizer is None:
+        raise RequestError("chat needs a tokenizer, and the engine has none: give LLM(tokenizer=)")
+    if tokenizer.chat_template is None and "chat_template" not in template_options:
+        raise RequestError(
+            "the tokenizer has no chat template: set tokenizer.chat_template, pass chat_template=,"
+            " or use generate() with a prompt written out"
+        )
+    for message in messages:
+        parts = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(parts, list | tuple):
+            kinds = {str(part.get("type", "text")) for part in parts if isinstance(part, Mapping)}
+            refuse_media(kinds - {"text"})
+    options = {"add_generation_prompt": True, **template_options, "tokenize": False}
+    try:
+        text = tokenizer.apply_chat_template(list(messages), **options)
+    except Exception as error:
+        raise RequestError(f"the chat template refused the messages: {error}") from error
+    # The template has written the special tokens already.
+    return EncodedPrompt(text, tokenizer.encode(text, add_special_tokens=False))
+
+
+def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    if tokenizer is None:
+        raise RequestError(
+            "a text prompt needs a tokenizer, and the engine has none: give LLM(tokenizer=...),"
+            " or a prompt of token ids"
+        )
+    if not text:
+        raise RequestError(
+            "the prompt is empty; to generate from nothing, give the token ids to begin with:"
+            ' {"prompt_token_ids": [bos_token_id]}'
+        )
+    return tokenizer.encode(text)

@@ -1,0 +1,1 @@
+"""How a model was lowered, as facts, as text and as one self-contained HTML page."""

@@ -1,0 +1,251 @@
+"""Directories appear whole or not at all: errors, interrupts, kills, full disks, two at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from inlay.backends.artifact import MANIFEST
+from inlay.backends.atomic import check_target, temporary_directory, writing
+from inlay.errors import BuildError
+
+
+def write(target: Path, text: str = "new") -> None:
+    with writing(target) as directory:
+        (directory / MANIFEST).write_text(text)
+        (directory / "folder").mkdir()
+        (directory / "folder" / "file").write_text(text)
+
+
+def write_half(target: Path, error: BaseException) -> None:
+    with writing(target) as directory:
+        (directory / MANIFEST).write_text("half")
+        raise error
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def content(target: Path) -> str:
+    assert names(target) == ["folder", MANIFEST]
+    assert (target / MANIFEST).read_text() == (target / "folder" / "file").read_text()
+    return (target / MANIFEST).read_text()
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """Writing beyond fails, as on a full disk, in whatever library it happens."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_directory_appears_and_replaces_the_one_before(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "engine"
+    write(target, "old")
+    assert content(target) == "old"
+    write(target)
+    assert content(target) == "new"
+    assert names(target.parent) == ["engine"]
+
+
+def test_an_empty_directory_may_be_named(tmp_path: Path) -> None:
+    (tmp_path / "engine").mkdir()
+    write(tmp_path / "engine")
+    assert content(tmp_path / "engine") == "new"
+
+
+@pytest.mark.parametrize("name", ["[a]", "*", "ein Modell", ".hidden"])
+def test_odd_names(name: str, tmp_path: Path) -> None:
+    write(tmp_path / name, "old")
+    write(tmp_path / name)
+    assert content(tmp_path / name) == "new"
+    assert names(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("no"), SystemExit(3)])
+def test_an_error_leaves_what_was_there(error: BaseException, tmp_path: Path) -> None:
+    for expected in ([], ["engine"]):
+        with pytest.raises(type(error)):
+            write_half(tmp_path / "engine", error)
+        assert names(tmp_path) == expected
+        write(tmp_path / "engine", "old")
+    assert content(tmp_path / "engine") == "old"
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_interrupt_while_the_directories_change_places(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "engine", "old")
+    rename, number = Path.rename, 0
+
+    def interrupted(self: Path, to: Path) -> Path:
+        nonlocal number
+        number += 1
+        if number == failing:
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "engine")
+    assert names(tmp_path) == ["engine"]
+    assert content(tmp_path / "engine") == "old"
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    write(tmp_path / "engine", "old")
+    tensors = {"weight": torch.zeros(100_000)}
+    for save in (
+        lambda directory: save_file(tensors, directory / "weights.safetensors"),
+        lambda directory: (directory / "file").write_bytes(bytes(400_000)),
+    ):
+        with (
+            pytest.raises(BuildError, match=r"could not write the artifact .*/engine: .*too large"),
+            files_of_at_most(100_000),
+            writing(tmp_path / "engine") as directory,
+        ):
+            save(directory)
+        assert names(tmp_path) == ["engine"]
+        assert content(tmp_path / "engine") == "old"
+
+
+def test_a_full_disk_is_told_with_the_room_there_is(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (
+        pytest.raises(BuildError, match=rf"\(\d+ MiB free on {tmp_path}\): .*No space left"),
+        writing(tmp_path / "engine"),
+    ):
+        raise full
+    assert names(tmp_path) == []
+
+
+def test_what_must_not_be_replaced(tmp_path: Path) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("mine")
+    folder.mkdir()
+    (folder / "mine").write_text("mine")
+    for target in (file, folder, tmp_path):
+        with pytest.raises(BuildError, match=f"output {target} exists and is not an Inlay"):
+            write(target)
+        with pytest.raises(BuildError, match="name a new directory, or remove it first"):
+            check_target(target)
+    with pytest.raises(BuildError, match=f"could not write the artifact {file}/engine: "):
+        write(file / "engine")
+    assert names(tmp_path) == ["file", "folder"]
+    assert names(folder) == ["mine"]
+
+
+def test_the_working_directory_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for target in (Path("."), tmp_path, tmp_path.parent, Path("/")):
+        with pytest.raises(BuildError, match=r"is the working directory.*name a directory in it"):
+            write(target)
+    write(Path("engine"))
+    assert content(tmp_path / "engine") == "new"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    write(tmp_path / "v1", "old")
+    (tmp_path / "current").symlink_to("v1")
+    write(tmp_path / "current")
+    assert (tmp_path / "current").is_symlink()
+    assert content(tmp_path / "v1") == "new"
+    assert names(tmp_path) == ["current", "v1"]
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "engine"
+
+    def run() -> None:
+        with writing(target) as directory:
+            (directory / MANIFEST).write_text("new")
+            target.mkdir()
+            (target / "mine").write_text("mine")
+
+    with pytest.raises(BuildError, match="exists and is not an Inlay artifact"):
+        run()
+    assert names(tmp_path) == ["engine"]
+    assert names(target) == ["mine"]
+
+
+def test_an_artifact_is_not_written_into_another(tmp_path: Path) -> None:
+    write(tmp_path / "engine")
+    with pytest.raises(BuildError, match=f"inside the artifact {tmp_path}/engine, which would be"):
+        write(tmp_path / "engine" / "folder" / "other")
+    assert content(tmp_path / "engine") == "new"
+
+
+def test_a_place_that_cannot_be_written() -> None:
+    # Root may write everywhere but here.
+    with pytest.raises(BuildError, match="could not write the artifact /proc/engine: "):
+        write(Path("/proc/engine"))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from inlay.backends.atomic import temporary_directory, writing
+temporary_directory(Path(sys.argv[1]), "engine-")
+with writing(Path(sys.argv[1]) / "engine") as directory:
+    (directory / "file").write_text("half")
+    print(directory.name, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_next_one_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -9, done.stderr
+    (tmp_path / ".engine.tmp-elsewhere-1-abc").mkdir()  # of another host: perhaps in use
+    (tmp_path / "engine-notes").mkdir()
+    left = names(tmp_path)
+    assert len(left) == 4
+    assert done.stdout.strip() in left
+    write(tmp_path / "engine")
+    kept = temporary_directory(tmp_path, "engine-")
+    expected = [".engine.tmp-elsewhere-1-abc", "engine", "engine-notes", kept.name]
+    assert names(tmp_path) == sorted(expected)
+    # Ours lives as long as we do.
+    assert temporary_directory(tmp_path, "engine-") != kept
+    assert kept.is_dir()
+
+
+def test_many_writers_of_one_target(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            for turn in range(20):
+                write(tmp_path / "engine", f"{number}-{turn}")
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert content(tmp_path / "engine").endswith("-19")
+    assert names(tmp_path) == ["engine"]

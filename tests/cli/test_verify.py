@@ -1,0 +1,101 @@
+"""`inlay verify` as a user meets it: exit status, JSON, what it prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inlay.cli import main
+from inlay.engine import build
+from inlay.errors import OptionError
+from inlay.lowering.options import CompileOptions
+from inlay.verify.source import random_source, with_layers
+from tests.toys import build_toy
+
+FEW = ["--backend", "eager", "--num-prompts", "3", "--max-tokens", "4", "--max-seq-len", "48"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config.json of a small gemma2 and nothing else."""
+    directory = tmp_path_factory.mktemp("config")
+    build_toy("gemma2").config.save_pretrained(directory)
+    return directory / "config.json"
+
+
+def test_a_model_that_agrees_ends_with_status_0(config: Path) -> None:
+    command = [sys.executable, "-m", "inlay.cli", "verify", str(config), "--random-weights", *FEW]
+    done = subprocess.run(
+        [*command, "--dtype", "float32", "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads(done.stdout)
+    assert facts["ok"] is True
+    assert facts["faults"] == []
+    assert facts["finding"] is None
+    assert facts["num_tokens"] == facts["measured"]["tokens"]["num_equal"] == 12
+    assert facts["measured"]["tokens"]["num_wrong"] == 0
+    assert 0 < facts["measured"]["ours"]["rms"] < 1e-5  # sums in another order
+    assert facts["prompt_lengths"] == sorted([1, 7, 44], key=facts["prompt_lengths"].index)
+    assert len(facts["layers"]) == 3
+    assert "comparing with Hugging Face" in done.stderr
+
+
+def test_an_artifact_of_other_weights_ends_with_status_1(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = CompileOptions(backend="eager", dtype="float32", max_seq_len=48, block_size=16)
+    build(random_source(str(config), "float32", seed=1).model, tmp_path / "engine", options)
+    arguments = ["verify", str(config), "--random-weights", "--artifact", str(tmp_path / "engine")]
+    assert main([*arguments, *FEW]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "DISAGREES"
+    assert any("graph or weights in the artifact are wrong" in line for line in said)
+    assert any(line.startswith("  source: File") for line in said)
+    # Of the same weights it agrees: seed 1 made it.
+    assert main([*arguments, *FEW, "--seed", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "AGREES"
+
+
+def test_prompts_go_through_the_models_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = ["-p", "A list is", "-p", "The for statement is used to"]
+    assert main(["verify", "demo", "--json", *FEW, *prompts]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert len(facts["prompt_lengths"]) == 2
+    assert facts["num_tokens"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/place/here"], "not a directory"),
+        (["no-such-type", "--random-weights"], "has no config that can be read"),
+        (["demo", "--layers", "1"], "--layers needs --random-weights"),
+        (["demo", "--random-weights", "--layers", "9"], "layers must be from 1 to"),
+        (["demo", "--num-prompts", "0"], "--num-prompts must be at least 1"),
+        (["demo", "--dtype", "int3"], "dtype must be one of"),
+        (["demo", "--random-weights", "-p", "x", "--backend", "eager"], "needs a tokenizer"),
+    ],
+)
+def test_what_cannot_be_verified_ends_with_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", *arguments, "--json"]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert json.loads(said.out)["ok"] is False
+
+
+def test_a_shallower_model_keeps_every_kind_of_layer() -> None:
+    config = build_toy("gemma2", num_hidden_layers=6).config
+    assert len(set(config.layer_types)) == 2
+    config.layer_types = ["sliding_attention"] * 5 + ["full_attention"]
+    shallow = with_layers(config, 2)
+    assert shallow.num_hidden_layers == 2
+    assert shallow.layer_types == ["sliding_attention", "full_attention"]
+    with pytest.raises(OptionError, match="from 1 to the model's 2"):
+        with_layers(shallow, 3)

@@ -1,0 +1,53 @@
+"""Shared by all tests: one compile cache, no network, two threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests import models_table as table
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled code of a test run is shared by its tests and, where CI sets one, by its parts."""
+    if "INLAY_CACHE_DIR" not in os.environ:
+        os.environ["INLAY_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    return Path(os.environ["INLAY_CACHE_DIR"])
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+ROWS = pytest.StashKey[table.Rows]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--models-table", type=Path, help="write what was seen of each architecture to this file"
+    )
+
+
+@pytest.fixture
+def models_table(pytestconfig: pytest.Config) -> Callable[[str, str], Any]:
+    """(configuration, column) -> a context with the row that the test fills."""
+    rows = pytestconfig.stash.setdefault(ROWS, {})
+    return lambda name, column: table.recording(rows, name, column)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path, rows = session.config.getoption("--models-table"), session.config.stash.get(ROWS, {})
+    if path is not None and rows:
+        table.write(rows, path)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from inlay.errors import RequestError
+from inlay.runtime.sampling_params import SamplingParams
+
+
+def test_defaults_are_those_of_vllm() -> None:
+    params = SamplingParams()
+    assert (params.temperature, params.top_p, params.top_k) == (1.0, 1.0, 0)
+    assert (params.max_tokens, params.seed, params.ignore_eos) == (16, None, False)
+    assert (params.skip_special_tokens, params.include_stop_str_in_output) == (True, False)
+    assert params.stop_strings == ()
+    assert params.stop_token_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", "1"),
+        ("temperature", True),
+        ("temperature", None),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("seed", 0.5),
+        ("max_tokens", 0),
+        ("max_tokens", 1.0),
+        ("max_tokens", True),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", [1]),
+        ("stop", 7),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", ["a"]),
+        ("stop_token_ids", 3),
+        ("stop_token_ids", [True]),
+        ("ignore_eos", 1),
+        ("skip_special_tokens", None),
+        ("include_stop_str_in_output", "no"),
+    ],
+)
+def test_bad_values_are_named(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=rf"SamplingParams\.{name} must be .*given") as caught:
+        SamplingParams(**{name: value})
+    assert repr(value) in str(caught.value)
+
+
+def test_unknown_names_and_positions_are_refused() -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        SamplingParams(temprature=1.0)  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        SamplingParams(0.5)  # type: ignore[misc]
+
+
+def test_lists_are_copied_and_the_whole_is_frozen() -> None:
+    stop, ids = ["a", "b"], [1, 2]
+    params = SamplingParams(stop=stop, stop_token_ids=ids)
+    stop.append("c")
+    ids.append(3)
+    assert params.stop_strings == ("a", "b")
+    assert params.stop_token_ids == (1, 2)
+    assert hash(params) == hash(dataclasses.replace(params))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.top_k = 3  # type: ignore[misc]
+
+
+def test_accepted_forms() -> None:
+    assert SamplingParams(stop="end").stop_strings == ("end",)
+    assert SamplingParams(temperature=0).is_greedy
+    assert not SamplingParams(temperature=0.01).is_greedy
+    numbers = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(5), seed=2**64 - 1)
+    assert numbers.top_k == 5
+    assert SamplingParams(max_tokens=None, top_k=-1).max_tokens is None
