@@ -6,7 +6,7 @@ runs steps (`load`). The runtime sees only `LoadedModel`; lowering sees only `Ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from inlay.backends.program import Program
 from inlay.backends.step import StepInputs
+from inlay.errors import RequestError
 
 if TYPE_CHECKING:
     from inlay.backends.artifact import Artifact
@@ -43,6 +44,16 @@ class ModelLimits:
     max_num_tokens: int  # a step's token budget
     max_num_seqs: int  # requests in one step
     block_size: int  # tokens a KV block holds
+    padding_token: int | None = None  # takes no position, so no request may hold it
+
+    def refuse_padding(self, token_ids: Sequence[int]) -> None:
+        """Raises RequestError where the padding token is among a request's tokens."""
+        if self.padding_token in token_ids:
+            raise RequestError(
+                f"token ids must not hold the padding token {self.padding_token}: this model counts"
+                " positions without it, so the tokens behind it would get other ones than Hugging "
+                "Face gives them; leave it out"
+            )
 
 
 class LoadedModel(Protocol):

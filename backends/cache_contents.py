@@ -74,7 +74,7 @@ def _entries(kind: str) -> Iterator[Entry]:
 
 def _origin(path: Path) -> str:
     if path.name.startswith(BUILDING):
-        return "being built"
+        return "being built" if _used_by(path) else "left by a build that was killed"
     try:
         facts = json.loads(path.with_suffix(FACTS).read_text())
         return f"{facts['origin']}: segment {facts['segment']}"

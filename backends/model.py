@@ -14,6 +14,7 @@ import torch
 from inlay.backends.base import KVGroup, ModelLimits
 from inlay.backends.program import AttentionStep, Program, SegmentStep
 from inlay.backends.step import StepInputs
+from inlay.errors import RequestError
 
 SegmentCall = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 """Weights then inputs, in the segment's own order, to its outputs."""
@@ -94,8 +95,7 @@ class ProgramModel:
     def forward(self, step: StepInputs) -> torch.Tensor:
         assert self._caches, "allocate_kv_cache was not called"
         if self.is_encoder:
-            whole = torch.equal(step.seq_lens, step.query_start_loc.diff())
-            assert whole, "an encoder's tokens see those after them: its requests come whole"
+            self._check_requests(step)
         values = {
             "input_ids": step.input_ids[None],
             "position_ids": step.position_ids[None],
@@ -125,10 +125,24 @@ class ProgramModel:
             if self.observer is not None:
                 names = call.outputs if isinstance(call, SegmentStep) else (call.output,)
                 seen = self.observer(index, [values[name] for name in names])
-                values.update(zip(names, seen, strict=True))
+                # Segments are compiled for dense inputs, and do not look at strides.
+                values.update(zip(names, (value.contiguous() for value in seen), strict=True))
             for name in dead:
                 del values[name]
         return values[self.program.logits][0]
+
+    def _check_requests(self, step: StepInputs) -> None:
+        """An encoder's steps are its users' own: no executor has checked them."""
+        whole = torch.equal(step.seq_lens, step.query_start_loc.diff())
+        assert whole, "an encoder's tokens see those after them: its requests come whole"
+        longest = int(step.seq_lens.max())
+        if longest > self.limits.max_seq_len:
+            raise RequestError(
+                f"a request has {longest} tokens; the engine's max_seq_len is "
+                f"{self.limits.max_seq_len}: shorten it, or build the engine with a larger "
+                "max_seq_len"
+            )
+        self.limits.refuse_padding(step.input_ids[: step.num_tokens].tolist())
 
 
 def _kv_groups(program: Program, block_size: int, dtype: torch.dtype) -> tuple[KVGroup, ...]:

@@ -73,6 +73,7 @@ def share_tensors(
     Raises UnsupportedModelError where the model is not what its config describes.
     """
     config = copy.deepcopy(model.config)
+    config.return_dict = config.get_text_config().return_dict = True
     options = {} if getattr(model, "pooler", None) else without_pooler(type(model))
     with torch.device("meta"):
         shell = type(model)._from_config(

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from inlay.lowering.attention import num_tokens
-from inlay.lowering.support import NEEDED
+from inlay.lowering.support import FIXED_SIZES, NEEDED
 from inlay.passes.check import Check
 from inlay.passes.graph import fake, last_source_line, module_of
 
@@ -35,7 +35,8 @@ def explain_failure(error: BaseException, model: torch.nn.Module) -> str:
     text = next((one.strip() for one in str(error).splitlines() if one.strip()), "no message")
     hints = [line.strip(" -") for line in str(error).splitlines() if line.lstrip()[:2] == "- "]
     what = " ".join([f"{type(error).__name__}: {text}", *hints[:1]])
-    return f"it cannot be exported: {': '.join([*where[-1:], what])}; {NEEDED}"
+    needed = FIXED_SIZES if "data-dependent" in what else NEEDED
+    return f"it cannot be exported: {': '.join([*where[-1:], what])}; {needed}"
 
 
 def explain_fixed_size(model: torch.nn.Module, export: Callable[[], Any]) -> str:
@@ -102,6 +103,27 @@ def find_mixing(gm: GraphModule, check: Check) -> str:
         f"op {node.target} of module {module_of(node) or '(root)'} mixes tokens"
         f"{last_source_line(node)}; {NEEDED}"
     )
+
+
+def find_failing(gm: GraphModule, check: Check) -> str:
+    """The op that cannot be run with these inputs, with its module and source line."""
+    runner = _Progress(gm)
+    with torch.no_grad(), suppress(RuntimeError):
+        runner.run(*check.inputs(gm))
+    assert runner.node is not None, "it failed before any op"
+    return (
+        f"op {runner.node.target} of module {module_of(runner.node)}{last_source_line(runner.node)}"
+    )
+
+
+class _Progress(Interpreter):
+    """Notes the node that it runs."""
+
+    node: Node | None = None
+
+    def run_node(self, n: Node) -> Any:
+        self.node = n
+        return super().run_node(n)
 
 
 class _MixingFinder(Interpreter):

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from inlay.errors import UnsupportedModelError
 from inlay.lowering.attention import recording
 from inlay.lowering.diagnose import explain_failure, explain_fixed_size
-from inlay.lowering.support import NEEDED, NotCapturableError, describe_mixers
+from inlay.lowering.support import FIXED_SIZES, NEEDED, NotCapturableError, describe_mixers
 from inlay.passes.graph import last_source_line, module_of
 from inlay.passes.pass_manager import PassReport
 
@@ -50,13 +50,20 @@ def output_of(result: Any) -> torch.Tensor:
     return result["logits"] if "logits" in result else result["last_hidden_state"]
 
 
-def first_position(model: PreTrainedModel) -> int:
-    """The position id of a first token: RoBERTa and its kin count from behind the padding's."""
+def padding_token(model: PreTrainedModel) -> int | None:
+    """The token id that takes no position of its own, in a model that counts positions by token:
+    RoBERTa and its kin; the first token's position id is the one behind it."""
     for module in model.modules():
         if hasattr(module, "create_position_ids_from_input_ids"):
             index = getattr(module, "padding_idx", None)
-            return 0 if index is None else int(index) + 1
-    return 0
+            return None if index is None else int(index)
+    return None
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The position id of a first token."""
+    token = padding_token(model)
+    return 0 if token is None else token + 1
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -147,8 +154,7 @@ def _refuse_data_dependent_sizes(program: torch.export.ExportedProgram) -> None:
         if free_unbacked_symbols(node.meta.get("val")):
             raise NotCapturableError(
                 f"op {node.target} of module {module_of(node).removeprefix('model.')} gives a size "
-                f"that depends on the numbers of a run{last_source_line(node)}; what would be "
-                "needed: fixed sizes, as experts called through transformers' registry have"
+                f"that depends on the numbers of a run{last_source_line(node)}; {FIXED_SIZES}"
             )
 
 

@@ -23,8 +23,9 @@ from inlay.backends.base import LoadedModel
 from inlay.backends.step import StepRequest, build_step
 from inlay.errors import UnsupportedModelError, VerificationError
 from inlay.lowering.capture import REFERENCE, build_shell
-from inlay.lowering.diagnose import find_mixing
+from inlay.lowering.diagnose import find_failing, find_mixing
 from inlay.lowering.export import Captured, output_of
+from inlay.lowering.support import NEEDED
 from inlay.passes.check import Check, relative_rms
 from inlay.passes.graph import bind, calls, fake
 
@@ -249,7 +250,8 @@ def check_capture(captured: Captured, references: References, check: Check) -> f
     except RuntimeError as failure:
         raise VerificationError(
             "the captured graph cannot be run on two packed requests, so some of its code holds "
-            f"for the traced number of tokens only: {str(failure).splitlines()[0]}"
+            f"for the traced number of tokens only: {find_failing(captured.graph, check)}: "
+            f"{str(failure).splitlines()[0]}; {NEEDED}"
         ) from failure
     error = references.error(torch.cat([r.logits for r in references.requests]), logits)
     mixing = "" if error <= references.tolerance else find_mixing(captured.graph, check)
@@ -320,5 +322,5 @@ def _judge(error: float, references: References, what: str, cause: str = "") -> 
             f"{what} does not compute what Hugging Face computes: on two packed requests the "
             f"logits are off by {error:.1e} of their RMS; allowed is {references.tolerance:.1e}, "
             f"Hugging Face in the same dtype is off by {references.noise:.1e}. Nothing was built; "
-            + (cause or "verify='pass' names the pass where it goes wrong")
+            + (cause or "`inlay verify` names the pass or segment, module and source line at fault")
         )

@@ -35,7 +35,7 @@ from inlay.backends.graph_json import graph_to_json
 from inlay.backends.program import Program
 from inlay.backends.select import get_backend
 from inlay.lowering.capture import capture
-from inlay.lowering.export import Captured, max_positions
+from inlay.lowering.export import Captured, max_positions, padding_token
 from inlay.lowering.guards import (
     check_capture,
     check_engine,
@@ -160,6 +160,7 @@ def _limits(
         max_num_tokens=max_num_tokens,
         max_num_seqs=min(options.max_num_seqs, max_num_tokens),
         block_size=options.block_size,
+        padding_token=padding_token(model),
     )
 
 

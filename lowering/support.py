@@ -37,6 +37,11 @@ NEEDED = (
     "its state per request"
 )
 
+FIXED_SIZES = (
+    "what would be needed: sizes that do not depend on numbers, as those of experts called through "
+    "transformers' registry"
+)
+
 SLIDING = "sliding_attention"
 """What transformers' configs call a layer whose queries look back on `sliding_window` tokens."""
 
@@ -63,11 +68,16 @@ def check_supported(model: PreTrainedModel) -> None:
     check_config(model.config)
     kind, expected = type(model), model_classes(type(model.config))
     if kind not in expected and not kind.__module__.startswith(REMOTE_CODE):
-        names = ", ".join(one.__name__ for one in expected) or "none for this config class"
+        given = f"{model.config.model_type!r} model of class {kind.__module__}.{kind.__name__}"
+        if not expected:
+            raise UnsupportedModelError(
+                f"model must be a causal LM or an encoder, and transformers has neither for a "
+                f"{given}"
+            )
+        names = ", ".join(one.__name__ for one in expected)
         raise UnsupportedModelError(
-            f"model must be the causal LM or the encoder that transformers has for a "
-            f"{model.config.model_type!r} ({names}), got {kind.__module__}.{kind.__name__}; load "
-            "it with AutoModelForCausalLM"
+            f"model must be the causal LM or the encoder that transformers has for its config "
+            f"({names}), got a {given}; load it with the Auto class of one of those"
         )
     for name, module in model.named_modules():
         _check_module(name, module)

@@ -53,6 +53,7 @@ class Executor:
         """The prompt as ints; RequestError, naming the fault, where the request cannot run."""
         limits = self.limits
         token_ids = check_prompt(prompt_token_ids, limits.vocab_size, limits.max_seq_len)
+        limits.refuse_padding(token_ids)
         check_vocabulary("stop_token_ids", params.stop_token_ids or (), limits.vocab_size)
         total = self._max_total_tokens(len(token_ids), params)
         needed = self.kv_cache.num_blocks_for(total)
@@ -81,7 +82,7 @@ class Executor:
             token_ids=token_ids,
             params=params,
             seed=secrets.randbits(64) if params.seed is None else int(params.seed),
-            stop_token_ids=frozenset(params.stop_token_ids or ()),
+            stop_token_ids=self._stop_token_ids(params),
             eos_token_ids=frozenset(() if params.ignore_eos else self.config.eos_token_ids),
             max_total_tokens=self._max_total_tokens(len(token_ids), params),
         )
@@ -148,6 +149,11 @@ class Executor:
         """End all requests of a step that went wrong."""
         ended = [item.request.request_id for item in scheduled]
         return [StepOutput(name, error=error) for name in ended if self.abort(name)]
+
+    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        """The request's own, and the token behind which a model's positions would be others."""
+        stops, padding = frozenset(params.stop_token_ids or ()), self.limits.padding_token
+        return stops if padding is None else stops | {padding}
 
     def _max_total_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         if params.max_tokens is None:

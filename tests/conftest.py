@@ -1,9 +1,11 @@
-"""Shared by all tests: one compile cache, no network, two threads."""
+"""Shared by all tests: one compile cache, no network, no more threads than cores."""
 
 from __future__ import annotations
 
+import gc
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import transformers
 from tests import models_table as table
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # idle threads of one worker spin on another's core
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -29,6 +34,15 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects() -> Iterator[None]:
+    """Each build collects garbage, which looks through all that was ever imported or kept."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 ROWS = pytest.StashKey[table.Rows]()
@@ -49,5 +63,15 @@ def models_table(pytestconfig: pytest.Config) -> Callable[[str, str], Any]:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path, rows = session.config.getoption("--models-table"), session.config.stash.get(ROWS, {})
-    if path is not None and rows:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["rows"] = json.dumps(list(rows.items()))
+    elif path is not None and rows:
         table.write(rows, path)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has ended: what it saw joins the others' rows."""
+    rows = node.config.stash.setdefault(ROWS, {})
+    for (name, column), row in json.loads(getattr(node, "workeroutput", {}).get("rows", "[]")):
+        rows[name, column] = row

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers
 
+from tests.toys import ARCHITECTURES, ENCODERS, MULTIMODAL, REFUSED
+
 Row = dict[str, Any]
 Rows = dict[tuple[str, str], Row]
 """(name of the configuration, column) -> what was seen; columns: eager, inductor, bfloat16."""
@@ -44,7 +46,8 @@ def recording(rows: Rows, name: str, column: str) -> Iterator[Row]:
 
 
 def write(rows: Rows, path: Path) -> None:
-    names = list(dict.fromkeys(name for name, _ in rows))
+    order = [*ARCHITECTURES, *MULTIMODAL, *ENCODERS, *REFUSED]
+    names = sorted({name for name, _ in rows}, key=order.index)
     by_name: dict[str, dict[str, Row]] = {name: {} for name in names}
     for (name, column), row in rows.items():
         by_name[name][column] = row

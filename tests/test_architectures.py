@@ -1,15 +1,15 @@
 """Every architecture through the whole pipeline: Hugging Face's tokens, in ragged, mixed and
 chunked batches, by models that can tell right from wrong.
 
-By default all of them run on the eager backend and some unlike ones on Inductor; the rest are
-marked slow. `pytest tests/test_architectures.py -m "slow or not slow" --models-table
-docs/models.md` runs everything and writes the table of what was seen.
+By default all of them run on the eager backend in float32, and some unlike ones on Inductor and
+in bfloat16; the rest are marked slow. `pytest tests/test_architectures.py -m "slow or not slow"
+--models-table docs/models.md` runs everything and writes the table of what was seen.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 
 from inlay import LLM, Engine, RequestOutput, SamplingParams, compile_model
 from inlay.backends.step import StepRequest, build_step
-from inlay.errors import UnsupportedModelError
+from inlay.errors import RequestError, UnsupportedModelError
 from inlay.lowering.guards import run_alone
 from inlay.passes.check import relative_rms
 from inlay.verify import compare_greedy
 from tests.passes.architectures import captured as captured_toy
-from tests.toys import ARCHITECTURES, ENCODERS, MULTIMODAL, REFUSED, TOYS, build_toy
+from tests.toys import ARCHITECTURES, ENCODERS, MULTIMODAL, REFUSED, build_toy
 from tests.twins import logits_of, twins
 
 Record = Callable[..., None]
@@ -45,17 +45,26 @@ UNLIKE = (
     "gptj",
     "cohere2",
     "phi3-longrope",
-    "opt",
 )
 """Run on Inductor by default: windows, shared and unequal KV heads, sinks, experts, chunks, ALiBi,
-attention found in the graph, parallel blocks, interleaved RoPE. test_models.py has seven more."""
+attention found in the graph, parallel blocks, interleaved RoPE."""
 
 
-def on_backends(names: Any, unlike: tuple[str, ...]) -> Any:
+LONG_TRACES = ("qwen3_next", "mamba2", "bamba")
+"""Linear attention is traced as a long loop, for minutes."""
+
+
+def slow_but(names: Iterable[str], quick: Container[str]) -> list[Any]:
+    """Parameters, those that are not named quick marked as slow."""
+    return [
+        pytest.param(name, marks=() if name in quick else (pytest.mark.slow,)) for name in names
+    ]
+
+
+def on_backends(names: Sequence[str], unlike: tuple[str, ...]) -> Any:
     cases = [pytest.param("eager", name, id=f"eager-{name}") for name in names]
-    for name in names:
-        marks = () if name in unlike else (pytest.mark.slow,)
-        cases.append(pytest.param("inductor", name, id=f"inductor-{name}", marks=marks))
+    for name, case in zip(names, slow_but(names, unlike), strict=True):
+        cases.append(pytest.param("inductor", name, id=f"inductor-{name}", marks=case.marks))
     return pytest.mark.parametrize(("backend", "name"), cases)
 
 
@@ -81,7 +90,7 @@ def check_passes(engine: Engine) -> list[dict[str, Any]]:
     return reports
 
 
-@on_backends([*[n for n in ARCHITECTURES if n not in TOYS], *MULTIMODAL], UNLIKE)
+@on_backends([*ARCHITECTURES, *MULTIMODAL], UNLIKE)
 def test_tokens_are_those_of_hugging_face(backend: str, name: str, models_table: Record) -> None:
     with models_table(name, backend) as row:
         model = build_toy(name)
@@ -118,7 +127,7 @@ def test_a_broken_model_gives_other_tokens(name: str) -> None:
             assert (right.argmax(-1) != other.argmax(-1)).any(), twin
 
 
-@on_backends(ENCODERS, ("modernbert", "roberta"))
+@on_backends([*ENCODERS], ("modernbert",))
 def test_hidden_states_are_those_of_hugging_face(
     backend: str, name: str, models_table: Record
 ) -> None:
@@ -133,16 +142,27 @@ def test_hidden_states_are_those_of_hugging_face(
             with torch.no_grad():
                 expected = run_alone(model, torch.tensor([request]))
             assert relative_rms(expected, states) <= 1e-4
-        with pytest.raises(UnsupportedModelError, match=r"encoder.*does not generate"):
-            LLM(engine)
+        check_requests(engine)
+
+
+def check_requests(engine: Engine) -> None:
+    """No executor checks what an encoder is given: it does so itself."""
+    with pytest.raises(UnsupportedModelError, match=r"encoder.*does not generate"):
+        LLM(engine)
+    limits = engine.manifest["limits"]
+    with pytest.raises(RequestError, match=r"257 tokens; the engine's max_seq_len"):
+        hidden_states(engine, [[5] * 257])
+    if (token := limits["padding_token"]) is not None:
+        with pytest.raises(RequestError, match=f"must not hold the padding token {token}"):
+            hidden_states(engine, [[5, 6], [7, token, 8]])
 
 
 def hidden_states(engine: Engine, requests: list[list[int]]) -> list[torch.Tensor]:
     """Each request's [n, hidden], all of them in one step."""
     model = engine.load_model()
-    model.allocate_kv_cache(16 * len(requests))
+    model.allocate_kv_cache(17 * len(requests))
     batch = [
-        StepRequest(ids, 0, [range(16 * index, 16 * index + 16)] * len(model.kv_groups))
+        StepRequest(ids, 0, [range(17 * index, 17 * index + 17)] * len(model.kv_groups))
         for index, ids in enumerate(requests)
     ]
     step = build_step(batch, model.limits.block_size)
@@ -165,7 +185,7 @@ def all_logits(engine: Engine, requests: list[list[int]]) -> torch.Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *MULTIMODAL])
+@pytest.mark.parametrize("name", slow_but([*ARCHITECTURES, *MULTIMODAL], UNLIKE))
 @torch.inference_mode()
 def test_bfloat16_is_as_exact_as_hugging_face_in_bfloat16(name: str, models_table: Record) -> None:
     with models_table(name, "bfloat16") as row:
@@ -197,7 +217,7 @@ def divergence(truth: torch.Tensor, logits: torch.Tensor, share: float) -> float
     return float(each.sum(-1).sort().values[: int(share * len(each))].mean())
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", slow_but(REFUSED, REFUSED.keys() - set(LONG_TRACES)))
 def test_what_is_not_attention_is_refused_by_name(name: str, models_table: Record) -> None:
     with models_table(name, "eager") as row:
         model = build_toy(name)

@@ -6,9 +6,7 @@ there for it, and the same build without the mutant must pass (`right_build`).
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,14 +25,6 @@ from tests.breaking import Break, Patch, Toy, after_pass, build, reuse, right_bu
 
 CAPTURE = "^(the captured graph does not compute|architecture '.*' cannot be captured|module )"
 ENGINE = "^the eager engine does not compute what Hugging Face computes"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects() -> Iterator[None]:
-    """Each build collects garbage, which looks through all that was ever imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def refused(

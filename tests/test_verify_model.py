@@ -256,7 +256,7 @@ def test_code_of_another_graph_is_found(tmp_path: Path) -> None:
     finding = verify(engine=seal(right.path), backend="inductor").finding
     assert finding is not None
     assert (finding.stage, finding.name) == ("segment", keys[0])
-    assert "inductor compiles" in finding.what
+    assert "rightly as soon as its intermediate values are asked for" in finding.what
 
 
 def test_wrong_inputs_are_not_blamed_on_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

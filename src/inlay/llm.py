@@ -65,8 +65,9 @@ class LLM:
         engine, self._tokenizer, config = open_engine(model, tokenizer, options)
         if getattr(engine, "is_encoder", False):
             raise UnsupportedModelError(
-                f"{engine!r} is an encoder: it does not generate; its hidden states are what "
-                "engine.load_model().forward gives"
+                f"this {engine.model_config['model_type']} is an encoder: it does not generate; "
+                "its hidden states are what compile_model(...).load_model().forward gives. Where "
+                "the checkpoint is a decoder's, set is_decoder=True in its config"
             )
         self._default_params = default_sampling(engine)
         self._executor = Executor(engine.load_model(), config)

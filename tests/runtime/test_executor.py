@@ -338,3 +338,19 @@ def test_an_interrupt_is_raised_and_reported_to_the_others() -> None:
     assert [o.request_id for o in outputs if isinstance(o.error, KeyboardInterrupt)] == ["a", "b"]
     assert run_all(executor)["c"][1] == "length"
     assert_nothing_held(executor)
+
+
+def test_a_model_that_counts_positions_without_padding() -> None:
+    model = FakeModel(replace(LIMITS, padding_token=7))
+    executor = Executor(model)
+    with pytest.raises(RequestError, match=r"must not hold the padding token 7.*leave it out"):
+        executor.add_request("r", [5, 7, 8], GREEDY)
+    # Sampled, it ends the request: what comes behind it would have other positions.
+    params = replace(GREEDY, temperature=2.0, max_tokens=50, ignore_eos=True)
+    for seed in range(20):
+        executor.add_request(str(seed), [5, 8], replace(params, seed=seed))
+    results = run_all(executor).values()
+    assert any(reason == "stop" for _, reason in results)
+    for tokens, reason in results:
+        assert (reason == "stop") == (tokens[-1] == 7)
+        assert 7 not in tokens[:-1]
