@@ -16,7 +16,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from inlay.errors import UnsupportedModelError
 from inlay.lowering.attention import ATTENTION, register_attention
@@ -31,6 +31,7 @@ from inlay.lowering.support import (
     check_structure,
     check_supported,
 )
+from inlay.lowering.windows import PROBE, check_windows, masks_of, narrowed, register_probe
 from inlay.passes.check import Check
 from inlay.passes.pass_manager import CAPTURE_PASSES, run_passes
 
@@ -66,13 +67,14 @@ def share_tensors(
     attention: str | None,
     dtype: torch.dtype | None = None,
     experts: str = EAGER_EXPERTS,
+    other: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The second model as transformers builds it: on the meta device from a deep copy of the
-    config, then given the model's own tensors.
+    config, then given the model's own tensors. other: a config to be taken instead.
 
     Raises UnsupportedModelError where the model is not what its config describes.
     """
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(other or model.config)
     config.return_dict = config.get_text_config().return_dict = True
     options = {} if getattr(model, "pooler", None) else without_pooler(type(model))
     with torch.device("meta"):
@@ -83,7 +85,8 @@ def share_tensors(
             dtype=dtype or model.dtype,
             **options,
         )
-    check_structure(model, shell)
+    if other is None:
+        check_structure(model, shell)
     for name, module in shell.named_modules():
         original = model.get_submodule(name)
         for key in module._parameters:
@@ -116,6 +119,7 @@ def capture(
     check_supported(model)
     register_attention()
     register_experts()
+    register_probe()
     try:
         return _capture(model, ATTENTION, max_num_tokens, max_seq_len)
     except NotCapturableError as error:
@@ -151,6 +155,11 @@ def _capture(
         except RuntimeError:  # the refused graph holds for the traced number of tokens only
             mixing = ""
         raise NotCapturableError("; ".join(filter(None, (str(error), mixing)))) from error
+    if attention == ATTENTION:
+        longest = max_seq_len or max_positions(model) or DEFAULT_MAX_SEQ_LEN
+        config, sizes = narrowed(model.config, longest)
+        probed = share_tensors(model, PROBE, other=config).eval()
+        check_windows(captured.graph, masks_of(probed), sizes)
     return captured
 
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from inlay.errors import UnsupportedModelError
-from inlay.passes.graph import bind, calls, is_within, module_of
+from inlay.passes.graph import calls, is_within, module_of
 
 UNUSED = ("training", "gradient_checkpointing", "vocab_size", "max_seq_len_cached")
 """Attributes of modules that change nothing in evaluation mode, and which transformers itself lets
@@ -41,9 +41,6 @@ FIXED_SIZES = (
     "what would be needed: sizes that do not depend on numbers, as those of experts called through "
     "transformers' registry"
 )
-
-SLIDING = "sliding_attention"
-"""What transformers' configs call a layer whose queries look back on `sliding_window` tokens."""
 
 REMOTE_CODE = "transformers_modules."
 """Where transformers puts the classes that a checkpoint brings with it (trust_remote_code)."""
@@ -191,7 +188,6 @@ def check_calls(model: PreTrainedModel, gm: GraphModule, experts: Iterable[str])
             f"{len(silent)} of its {len(layers)} layers do not call attention: "
             f"{', '.join(sorted(kinds))}, and mix tokens otherwise; {NEEDED}"
         )
-    _check_windows(model, gm)
     routed = [module_of(node) for node in calls(gm, torch.ops.inlay.experts.default)]
     unrouted = [name for name in experts if not any(is_within(owner, name) for owner in routed)]
     if unrouted:
@@ -199,24 +195,6 @@ def check_calls(model: PreTrainedModel, gm: GraphModule, experts: Iterable[str])
             f"experts module {unrouted[0]} ({type(model.get_submodule(unrouted[0])).__name__}) is "
             "not called in the captured graph"
         )
-
-
-def _check_windows(model: PreTrainedModel, gm: GraphModule) -> None:
-    """The window that a layer calls attention with must be the one that transformers masks with:
-    guard runs are shorter than most windows and would not tell."""
-    config = model.config.get_text_config()
-    kinds, size = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    for node in calls(gm, torch.ops.inlay.attention.default):
-        arguments, layer = bind(node), re.match(r".*?\.(\d+)(\.|$)", module_of(node))
-        if not kinds or layer is None or int(layer[1]) >= len(kinds) or not arguments["causal"]:
-            continue
-        due = (size or 0) if kinds[int(layer[1])] == SLIDING else 0
-        if arguments["window"] != due:
-            raise NotCapturableError(
-                f"module {module_of(node)} calls attention with a window of "
-                f"{arguments['window'] or 'all'} tokens, and its config's layer_types and "
-                f"sliding_window mean {due or 'all'}"
-            )
 
 
 def _layer_list(model: PreTrainedModel, owners: Iterable[str]) -> list[str]:

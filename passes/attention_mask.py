@@ -54,7 +54,7 @@ def recover(small: ScoreFunction, bias: Tensor) -> ScoreForm:
     visible = bias > HIDDEN
     if not (visible == visible[:1]).all():
         raise NotExpressible("heads have different masks")
-    window, causal, chunk = _visible_form(visible[0])
+    window, causal, chunk = visible_form(visible[0])
     slopes, dtype = _slopes(bias, visible[0])
     return ScoreForm(scale, window, softcap, causal, chunk, slopes, dtype)
 
@@ -91,11 +91,11 @@ def check_same_form(mask: Tensor, num_tokens: int) -> None:
     if mask.shape[0] <= num_tokens or mask.shape[0] != mask.shape[1]:
         return
     seen = mask if mask[0, 0] else ~mask
-    if _visible_form(seen) != _visible_form(seen[:num_tokens, :num_tokens]):
+    if visible_form(seen) != visible_form(seen[:num_tokens, :num_tokens]):
         raise NotExpressible(f"the mask changes beyond {num_tokens} tokens")
 
 
-def _visible_form(visible: Tensor) -> tuple[int, bool, int]:
+def visible_form(visible: Tensor) -> tuple[int, bool, int]:
     """Window, causality and chunk that give exactly this mask [T, T]; True is seen."""
     size = visible.shape[0]
     where = torch.arange(size)

@@ -269,7 +269,7 @@ GRAPH: dict[str, tuple[Toy, Break]] = {
     ),
     "attention_mask: every mask is full": (
         GPT_NEO,
-        with_result(attention_mask, "_visible_form", lambda found: (0, found[1], 0)),
+        with_result(attention_mask, "visible_form", lambda found: (0, found[1], 0)),
     ),
     "attention_mask: scale and soft-cap": (
         GEMMA2_PLAIN,
