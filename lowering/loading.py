@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import pickle
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
@@ -29,8 +26,9 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from inlay.errors import InlayError, ModelLoadError, OptionError, UnsupportedModelError
+from inlay.errors import ModelLoadError, OptionError, UnsupportedModelError
 from inlay.lowering.capture import REFERENCE, share_tensors, without_pooler
+from inlay.lowering.checkpoint import check_files, check_finite, check_place, guarded
 from inlay.lowering.options import DTYPES
 from inlay.lowering.support import auto_class, check_config, check_supported
 
@@ -89,11 +87,12 @@ def load_source(
     """
     if isinstance(model, str | os.PathLike):
         name = resolve(model)
-        _check_place(name)
+        check_place(name)
         options = _hub_options(name, trust_remote_code)
-        config = _guard(name, lambda: _load_config(name, options))
+        config = guarded(name, lambda: _load_config(name, options))
         check_config(config)
-        loaded = _guard(name, lambda: _load(name, DTYPES.get(dtype), config, options))
+        loaded = guarded(name, lambda: _load(name, DTYPES.get(dtype), config, options))
+        guarded(name, lambda: check_files(name))
         if tokenizer is None:
             tokenizer = load_tokenizer(name, trust_remote_code)
         else:
@@ -104,6 +103,7 @@ def load_source(
         tokenizer = None if tokenizer is None else _given_tokenizer(tokenizer)
         converted = _converted(model, DTYPES.get(dtype, model.dtype))
         source = Source(converted, tokenizer, "MODEL")
+    check_finite(source.name, source.model)
     if source.model.dtype not in DTYPES.values():
         raise OptionError(
             f"dtype 'auto' takes the model's own, {source.model.dtype}, which is not one of "
@@ -193,64 +193,13 @@ def _unmapped() -> Iterator[None]:
             modeling_utils.safe_open = before
 
 
-def _check_place(name: str) -> None:
-    directory = Path(name)
-    if (name.startswith((".", "/", "~")) or name.count("/") != 1) and not directory.is_dir():
-        raise ModelLoadError(f"model {name!r} is not a directory, a hub id (owner/name) or 'demo'")
-    if directory.is_dir() and not (directory / "config.json").is_file():
-        raise ModelLoadError(
-            f"directory {name or '.'} has no config.json: it is not a Hugging Face model (an Inlay "
-            "artifact has inlay.json; load it with Engine.load)"
-        )
-
-
-def _guard(name: str, load: Any) -> Any:
-    """Run a transformers loader and say plainly what went wrong."""
-    directory = Path(name)
-    try:
-        return load()
-    except InlayError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise ModelLoadError(
-            f"checkpoint {name} cannot be read: a .bin file is damaged or holds Python objects "
-            f"other than tensors{_what_pickle(error)}, which are never unpickled, since that can "
-            "run any code; take the checkpoint's safetensors, or convert it where you trust it"
-        ) from error
-    except (SafetensorError, json.JSONDecodeError, EOFError, RuntimeError) as error:
-        raise ModelLoadError(
-            f"checkpoint {name} cannot be read: {error}; a file is damaged or truncated, "
-            "download it again"
-        ) from error
-    except OSError as error:
-        if directory.is_dir():
-            raise ModelLoadError(f"checkpoint {name} cannot be read: {error}") from error
-        raise ModelLoadError(
-            f"model {name!r} is not a local directory and the Hugging Face hub cannot give it "
-            "(no network, HF_HUB_OFFLINE set, or no such model); download it first, or name a "
-            f"directory. transformers says: {str(error).splitlines()[0]}"
-        ) from error
-    except ValueError as error:
-        raise UnsupportedModelError(f"model {name} cannot be loaded: {error}") from error
-    except Exception as error:  # a config's wrong value may raise anything in transformers
-        raise ModelLoadError(
-            f"checkpoint {name} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _what_pickle(error: pickle.UnpicklingError) -> str:
-    """What torch named as not allowed; not its advice to allow it."""
-    found = re.search(r"unsupported \w+:? (?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
-    return f" ({found[1]})" if found else ""
-
-
 def load_tokenizer(name: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
     """The tokenizer of a directory or hub id; None where there is none.
 
     Raises ModelLoadError where a directory's tokenizer files cannot be read.
     """
     place = resolve(name)
-    files = [file.name for glob in TOKENIZER_FILES for file in Path(place).glob(glob)]
+    files = {file.name for glob in TOKENIZER_FILES for file in Path(place).glob(glob)}
     if Path(place).is_dir() and not files:
         return None
     try:

@@ -65,7 +65,8 @@ class CompileOptions:
         if self.max_num_tokens < self.max_num_seqs:
             raise OptionError(
                 f"max_num_tokens must be at least max_num_seqs ({self.max_num_seqs}), so that "
-                f"every running request gets a token in every step, got {self.max_num_tokens}"
+                f"every running request gets a token in every step, got {self.max_num_tokens}; "
+                "give max_num_seqs too"
             )
 
     @staticmethod

@@ -6,6 +6,7 @@ captured graph; whether the result is right, the guards measure.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -110,12 +111,14 @@ def auto_class(config: PretrainedConfig) -> Any:
 
 def check_config(config: PretrainedConfig) -> None:
     """Raises UnsupportedModelError for a quantized checkpoint."""
-    if quantization := getattr(config, "quantization_config", None):
-        facts = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        raise UnsupportedModelError(
-            f"checkpoints quantized with {facts.get('quant_method')!r} are not supported; take "
-            "the float32, bfloat16 or float16 one"
-        )
+    for name in ("quantization_config", "compression_config"):
+        if (how := getattr(config, name, None)) is not None:
+            facts = how.to_dict() if hasattr(how, "to_dict") else how
+            method = facts.get("quant_method") if isinstance(facts, dict) else facts
+            raise UnsupportedModelError(
+                f"checkpoints quantized with {method!r} ({name}) are not supported; take the "
+                "float32, bfloat16 or float16 one"
+            )
 
 
 def _check_module(name: str, module: torch.nn.Module) -> None:
@@ -129,10 +132,12 @@ def _check_module(name: str, module: torch.nn.Module) -> None:
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     # Those of transformers only record outputs or ask for gradients.
     foreign = [hook for hook in hooks if not _module_of(hook).startswith("transformers.")]
-    if "forward" in vars(module) or foreign:
+    replaced = [name for name, value in vars(module).items() if callable(value)]
+    replaced = [name for name in replaced if hasattr(kind, name) and name != "_compiled_call_impl"]
+    if replaced or foreign:
         raise UnsupportedModelError(
-            f"{where} has a replaced forward or forward hooks, which a graph would lose; "
-            "remove them first"
+            f"{where} has {'a replaced ' + replaced[0] if replaced else 'forward hooks'}, which a "
+            "graph would lose; remove it first"
         )
 
 
@@ -145,26 +150,36 @@ def check_structure(model: PreTrainedModel, shell: PreTrainedModel) -> None:
     given, made = dict(model.named_modules()), dict(shell.named_modules())
     for name in {**made, **given}:
         theirs, ours = _facts(given.get(name)), _facts(made.get(name))
-        for key in ours:
-            if theirs.get(key) != ours[key]:
+        for key in {**ours, **theirs}:
+            if theirs.get(key) != ours.get(key):
                 raise UnsupportedModelError(
                     f"module {name or '(root)'} is not what the model's config describes: its "
-                    f"{key} is {theirs.get(key)!r} instead of {ours[key]!r}; models whose "
+                    f"{key} is {theirs.get(key)!r} instead of {ours.get(key)!r}; models whose "
                     "modules were replaced or changed by hand are not captured"
                 )
 
 
 def _facts(module: torch.nn.Module | None) -> dict[str, Any]:
-    """What a module computes with, tensors and submodules aside: its class and its numbers."""
+    """What a module computes with, tensors and submodules aside: its class, its numbers, words and
+    functions. What is None is not there."""
     if module is None:
         return {"class": None}
     facts = {
-        name: value
+        name: _named(value) if callable(value) else value
         for name, value in vars(module).items()
-        if isinstance(value, int | float) and not name.startswith("_") and name not in UNUSED
+        if (isinstance(value, int | float | str | tuple | list) or callable(value))
+        and not name.startswith("_")
+        and name not in UNUSED
     }
     names = [*module._parameters, *module._buffers]
     return {"class": type(module).__name__, "tensors": sorted(names), **facts}
+
+
+def _named(function: Any) -> Any:
+    """What tells a function from another one of the same kind."""
+    if isinstance(function, functools.partial):
+        return _named(function.func), function.args, function.keywords
+    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def check_calls(model: PreTrainedModel, gm: GraphModule, experts: Iterable[str]) -> None:

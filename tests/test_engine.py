@@ -191,7 +191,7 @@ BAD: dict[str, tuple[Callable[[], Any], dict[str, Any], type[InlayError]]] = {
     "hub": (lambda: "owner/name", {}, ModelLoadError),
     "nothing": (lambda: None, {}, UnsupportedModelError),
     "patched": (patched, {}, UnsupportedModelError),
-    "not finite": (not_finite, {}, VerificationError),
+    "not finite": (not_finite, {}, ModelLoadError),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import inlay.engine
 from inlay.errors import OptionError
-from inlay.model_source import EngineLike, open_engine
+from inlay.model_source import EngineLike, default_sampling, open_engine
 from inlay.runtime.config import ExecutorConfig
 from tests.runtime.toy_tokenizers import byte_level
 from tests.test_llm import FakeEngine
@@ -71,3 +71,12 @@ def test_the_end_of_sequence_may_be_given(calls: list[Any]) -> None:
     engine = FakeEngine(generation_config={"eos_token_id": 5})
     assert open_engine(engine, None, {})[2].eos_token_ids == (5,)
     assert open_engine(engine, None, {"eos_token_ids": (7, 8)})[2].eos_token_ids == (7, 8)
+
+
+def test_what_a_generation_config_asks_for_in_vain(caplog: pytest.LogCaptureFixture) -> None:
+    given = {"temperature": 0.5, "repetition_penalty": 1.3, "num_beams": 1, "min_length": 0}
+    params = default_sampling(FakeEngine(generation_config=given))
+    assert params.temperature == 0.5
+    assert "not applied: {'repetition_penalty': 1.3}" in caplog.text
+    with pytest.raises(OptionError, match=r"generation_config\.json is wrong: .*temperature"):
+        default_sampling(FakeEngine(generation_config={"temperature": -3}))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from inlay.backends.base import LoadedModel
-from inlay.errors import OptionError
+from inlay.errors import OptionError, RequestError
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.sampling_params import SamplingParams
 
@@ -19,6 +20,29 @@ EXECUTOR_OPTIONS = frozenset(field.name for field in fields(ExecutorConfig))
 LOAD_OPTIONS = frozenset({"backend", "check_weights"})
 BUILD_SIZES = frozenset({"max_num_tokens", "max_num_seqs", "max_seq_len"})
 """Options of both the build and the executor; where there is a build, it takes them."""
+
+
+NOT_APPLIED: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "min_p": None,
+    "typical_p": 1.0,
+    "num_beams": 1,
+    "penalty_alpha": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "sequence_bias": None,
+}
+"""Fields of a generation config that change the text and that we have no counterpart of, with the
+value that changes nothing."""
+
+logger = logging.getLogger(__name__)
 
 
 class EngineLike(Protocol):
@@ -88,7 +112,14 @@ def default_sampling(engine: EngineLike) -> SamplingParams:
     given = {ours: config[name] for name, ours in names.items() if config.get(name) is not None}
     if config.get("do_sample") is False:
         given["temperature"] = 0.0
-    return SamplingParams(**given)
+    if unused := {
+        n: v for n, v in config.items() if n in NOT_APPLIED and v not in (None, NOT_APPLIED[n])
+    }:
+        logger.warning("of the model's generation config this is not applied: %s", unused)
+    try:
+        return SamplingParams(**given)
+    except RequestError as error:
+        raise OptionError(f"the model's generation_config.json is wrong: {error}") from error
 
 
 def _split(

@@ -76,6 +76,7 @@ def test_prompts_go_through_the_models_tokenizer(capsys: pytest.CaptureFixture[s
         (["no-such-type", "--random-weights"], "has no config that can be read"),
         (["demo", "--layers", "1"], "--layers needs --random-weights"),
         (["demo", "--random-weights", "--layers", "9"], "layers must be from 1 to"),
+        (["some/config.json"], "is a config: verify it with --random-weights"),
         (["demo", "--num-prompts", "0"], "--num-prompts must be at least 1"),
         (["demo", "--dtype", "int3"], "dtype must be one of"),
         (["demo", "--random-weights", "-p", "x", "--backend", "eager"], "needs a tokenizer"),
@@ -88,6 +89,42 @@ def test_what_cannot_be_verified_ends_with_status_2(
     said = capsys.readouterr()
     assert message in said.err
     assert json.loads(said.out)["ok"] is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "foo"}, "cannot be built from its config: KeyError: 'foo'"),
+        ({"num_attention_heads": 0, "head_dim": None}, "has no config that can be read"),
+    ],
+)
+def test_a_config_that_is_wrong(
+    changes: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_toy("llama", layers=1).config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert main(["verify", str(tmp_path), "--random-weights", "--backend", "eager"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_artifact_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for layers in (1, 2):
+        build_toy("llama", layers=layers).save_pretrained(tmp_path / f"model-{layers}")
+    artifact = str(tmp_path / "artifact")
+    build = ["build", str(tmp_path / "model-2"), "-o", artifact, "--backend", "eager"]
+    assert main(build) == 0
+    assert main(["verify", str(tmp_path / "model-1"), "--artifact", artifact]) == 2
+    assert "another model than" in (said := capsys.readouterr().err)
+    assert "its num_hidden_layers is 2, the model's 1" in said
+
+
+def test_a_fault_of_ours_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("inlay.verify.verify_model", fails)
+    assert main(["verify", "demo"]) == 2
 
 
 def test_a_shallower_model_keeps_every_kind_of_layer() -> None:

@@ -177,8 +177,9 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "quantized": (
         {"quantization_config": {"quant_method": "awq", "bits": 4}},
-        "quantized with 'awq' are not supported",
+        r"quantized with 'awq' \(quantization_config\) are not supported",
     ),
+    "quantized, in words": ({"compression_config": "fp8"}, r"quantized with 'fp8' \(compression_"),
 }
 
 
@@ -193,6 +194,37 @@ def test_a_checkpoint_that_is_not_supported(
     with pytest.raises(UnsupportedModelError, match=message):
         load_source(folder, "auto")
     assert "Do you wish to run" not in capsys.readouterr().out, "a library does not ask questions"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_that_no_config_tells_of(
+    dtype: torch.dtype, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    tensors = load_file(folder / WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(dtype)}, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=rf"is quantized: {name} in .* is (I8|F8_E4M3)"):
+        load_source(folder, "auto")
+
+
+def test_an_adapter_beside_the_weights(checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    with pytest.raises((UnsupportedModelError, ModelLoadError), match=r"adapter"):
+        load_source(folder, "auto")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite(value: float, checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.embed_tokens.weight"][127, 3] = value
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(
+        ModelLoadError, match=r"holds NaN or infinity in model\.embed_tokens\.weight"
+    ):
+        load_source(folder, "auto")
 
 
 def test_a_model_without_its_head(tmp_path: Path) -> None:

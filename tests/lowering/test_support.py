@@ -121,6 +121,10 @@ def other_activation(model: PreTrainedModel) -> None:
     model.model.layers[0].mlp.act_fn = nn.GELU()
 
 
+def number_added(model: PreTrainedModel) -> None:
+    model.model.layers[0].self_attn.attn_logit_softcapping = 0.5
+
+
 def norm_removed(model: PreTrainedModel) -> None:
     model.model.norm = nn.Identity()
 
@@ -153,12 +157,16 @@ def buffer_added(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (replace_forward, r"model\.layers\.0\.mlp .*LlamaMLP\) has a replaced forward or forward"),
-        (hook, r"model\.layers\.0\.mlp .*LlamaMLP\) has a replaced forward or forward hooks"),
-        (pre_hook, r"model\.layers\.0\.mlp .*LlamaMLP\) has a replaced forward or forward hooks"),
+        (replace_forward, r"model\.layers\.0\.mlp .*LlamaMLP\) has a replaced forward, which"),
+        (hook, r"model\.layers\.0\.mlp .*LlamaMLP\) has forward hooks, which"),
+        (pre_hook, r"model\.layers\.0\.mlp .*LlamaMLP\) has forward hooks, which"),
         (adapter, r"mlp\.up_proj .*LoraLinear\) is not one of transformers' or torch's own.*merge"),
         (parametrisation, r"mlp\.up_proj .*ParametrizedLinear\) is not one of"),
         (other_activation, r"mlp\.act_fn is not what.*class is 'GELU' instead of 'SiLUActivation'"),
+        (
+            number_added,
+            r"self_attn is not what.*its attn_logit_softcapping is 0\.5 instead of None",
+        ),
         (norm_removed, r"model\.norm is not what.* 'Identity' instead of 'LlamaRMSNorm'"),
         (module_within, r"mlp\.up_proj is not what.* 'Sequential' instead of 'Linear'"),
         (other_scale, r"self_attn is not what.*its scaling is 0\.5 instead of 0\.25"),
@@ -207,4 +215,21 @@ def test_biases_that_a_config_does_not_have_are_taken_along() -> None:
 def test_quantized_checkpoints() -> None:
     model = llama()
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    refuse(model, "quantized with 'gptq' are not supported; take the float32, bfloat16 or float16")
+    refuse(
+        model,
+        r"quantized with 'gptq' \(quantization_config\) are not supported; take the float32",
+    )
+
+
+def test_functions_changed_by_hand() -> None:
+    model = build_toy("mixtral", layers=1)
+    experts = model.model.layers[0].mlp.experts
+    experts._apply_gate = experts._apply_gate
+    refuse(model, r"mlp\.experts .* has a replaced _apply_gate, which a graph would lose")
+    model = build_toy("gemma", layers=1)
+    capture(model, 64)
+    model.model.layers[0].mlp.act_fn.act = torch.tanh
+    with pytest.raises(
+        UnsupportedModelError, match=r"act_fn is not what.*its act is '.*tanh' instead of"
+    ):
+        capture(model, 64)

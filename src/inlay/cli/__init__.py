@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -62,3 +63,8 @@ def _run(module: object, arguments: argparse.Namespace) -> int:
         # The reader of our output is gone; keep the interpreter's last flush from failing too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception:
+        if not hasattr(module, "ERROR_STATUS"):
+            raise
+        traceback.print_exc()
+        return int(module.ERROR_STATUS)

@@ -52,7 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _days(text: str) -> float:
-    days = float(text)
+    try:
+        days = float(text)
+    except ValueError:
+        days = -1.0
     if not days >= 0:  # NaN is no number of days
         raise argparse.ArgumentTypeError(f"must be a number of days, 0 or more, got {text}")
     return days

@@ -49,9 +49,17 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.backend, arguments.dtype = engine.backend, engine.manifest["dtype"]
     options = dataclass_from_arguments(arguments, CompileOptions)
     if arguments.random_weights:
-        source = random_source(arguments.model, options.dtype, arguments.layers, arguments.seed)
+        source = random_source(
+            arguments.model,
+            options.dtype,
+            arguments.layers,
+            arguments.seed,
+            options.trust_remote_code,
+        )
     else:
-        source = load_source(arguments.model, options.dtype)
+        source = load_source(
+            arguments.model, options.dtype, trust_remote_code=options.trust_remote_code
+        )
     report = verify_model(
         source,
         options,
@@ -73,6 +81,11 @@ def _check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < 1:
             given = getattr(arguments, name)
             raise OptionError(f"--{name.replace('_', '-')} must be at least 1, got {given}")
+    if arguments.model.endswith(".json") and not arguments.random_weights:
+        raise OptionError(
+            f"{arguments.model} is a config: verify it with --random-weights, or give the "
+            "checkpoint's directory"
+        )
     if arguments.layers is not None and not arguments.random_weights:
         raise OptionError("--layers needs --random-weights: a checkpoint is as deep as it is")
 

@@ -109,7 +109,7 @@ def verify_model(
                 faults=[str(error)],
                 finding=bisect(again, model),
             )
-    _check_engine(engine, dtype)
+    _check_engine(engine, source, dtype)
     loaded = engine.load_model()
     assert isinstance(loaded, ProgramModel), "a backend's model that runs no program"
     if loaded.program.is_encoder:
@@ -152,7 +152,15 @@ def _compile(source: Source, options: CompileOptions, progress: Callable[[str], 
     return compile_model(source.model, tokenizer=source.tokenizer, progress=progress, **given)
 
 
-def _check_engine(engine: Engine, dtype: str) -> None:
+def _check_engine(engine: Engine, source: Source, dtype: str) -> None:
+    given = source.model.config
+    theirs, ours = given.to_dict(), type(given).from_dict(engine.model_config).to_dict()
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        if theirs.get(name) != ours.get(name):
+            raise OptionError(
+                f"the artifact {engine.path} is of another model than {source.name}: its {name} is "
+                f"{ours.get(name)}, the model's {theirs.get(name)}"
+            )
     if engine.manifest["dtype"] != dtype:
         raise OptionError(
             f"dtype must be that of the engine {engine.path}, {engine.manifest['dtype']}, got "

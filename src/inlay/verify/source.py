@@ -16,39 +16,51 @@ from inlay.lowering.support import auto_class
 
 
 def random_source(
-    name: str, dtype: str = "auto", layers: int | None = None, seed: int = 0
+    name: str,
+    dtype: str = "auto",
+    layers: int | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> Source:
     """A model built from a config, its weights random ones that tell right from wrong.
 
     name: a directory, a config.json, a hub id, "demo", or a model type of transformers, which
-    gives its default config. layers: make it this deep. The model has no tokenizer.
+    gives its default config. layers: make it this deep. trust_remote_code: run Python code that
+    comes with the config. The model has no tokenizer.
 
     Raises:
         ModelLoadError: there is no such config. OptionError: layers is not of the model's.
         UnsupportedModelError: transformers has no causal LM for it.
     """
-    config = _config(name)
+    config = _config(name, trust_remote_code)
     if layers is not None:
         config = with_layers(config, layers)
     wanted = DTYPES.get(dtype, getattr(config, "dtype", None) or torch.float32)
     try:
-        model = auto_class(config).from_config(config, dtype=wanted)
+        model = auto_class(config).from_config(
+            config, dtype=wanted, trust_remote_code=trust_remote_code
+        )
     except ValueError as error:
-        raise UnsupportedModelError(f"model {name!r} cannot be built: {error}") from error
+        what = str(error).splitlines()[0]
+        raise UnsupportedModelError(f"model {name!r} cannot be built: {what}") from error
+    except Exception as error:  # a config's wrong value may raise anything in transformers
+        raise ModelLoadError(
+            f"model {name!r} cannot be built from its config: {type(error).__name__}: {error}"
+        ) from error
     return Source(randomise(model.eval(), seed), None, name)
 
 
-def _config(name: str) -> PretrainedConfig:
+def _config(name: str, trust_remote_code: bool) -> PretrainedConfig:
     place = resolve(name)
     if not Path(place).exists() and place in CONFIG_MAPPING:
         return CONFIG_MAPPING[place]()
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config's wrong value may raise anything in transformers
         raise ModelLoadError(
             f"model {name!r} has no config that can be read; give a directory, a config.json, a "
             "hub id, or a model type that transformers knows (llama, qwen3, ...). transformers "
-            f"says: {str(error).splitlines()[0]}"
+            f"says: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
 
 
