@@ -152,10 +152,8 @@ def _experts_off_by_one(index: torch.Tensor) -> torch.Tensor:
 
 EXPORT: dict[str, tuple[Toy, Break]] = {
     "the model's scale is ignored": (GRANITE, attention_call(scaling=no)),
-    "the window is forgotten": (MISTRAL, attention_call(sliding_window=no)),
     "the soft-cap is forgotten": (GEMMA2, attention_call(softcap=no)),
     "the sinks are forgotten": (GPT_OSS, attention_call(s_aux=no)),
-    "the chunk is forgotten": (LLAMA4, with_result(attention, "_chunk", lambda _: 0)),
     "queries and keys change places": (
         GPT2,
         lambda patch: patch.function(
@@ -164,7 +162,6 @@ EXPORT: dict[str, tuple[Toy, Break]] = {
             lambda run, module, q, k, *a, **kw: run(module, k, q, *a, **kw),
         ),
     ),
-    "an encoder is taken for causal": (BERT, attention_call(is_causal=lambda _: True)),
     "positions never restart": (
         MISTRAL,
         with_arguments(export, "recording", position_ids=lambda p: torch.ones_like(p).cumsum(-1)),
@@ -554,10 +551,13 @@ POSITIONS: dict[str, tuple[Toy, Break]] = {
 }
 """Seen in the captured graph already: it takes its positions from a step."""
 
-WINDOWS: dict[str, tuple[Toy, Break]] = {
+MASKS: dict[str, tuple[Toy, Break]] = {
+    "the window is forgotten": (MISTRAL, attention_call(sliding_window=no)),
     "a window longer than short requests": (LONG_WINDOW, attention_call(sliding_window=no)),
+    "the chunk is forgotten": (LLAMA4, with_result(attention, "_chunk", lambda _: 0)),
+    "an encoder is taken for causal": (BERT, attention_call(is_causal=lambda _: True)),
 }
-"""Seen only where requests are as long as the config's windows."""
+"""Seen by comparison with transformers' masks; the plain graph would then be taken instead."""
 
 # --- the compiled side: the C++ attention op under the engine's graphs, and compiled segments ----
 

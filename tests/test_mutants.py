@@ -17,7 +17,10 @@ from inlay.backends.inductor.backend import CpuAttention
 from inlay.backends.kernels.cpu_ops import load_ops
 from inlay.backends.model import ProgramModel
 from inlay.errors import UnsupportedModelError, VerificationError
+from inlay.lowering import capture as capture_module
+from inlay.lowering.attention import ATTENTION
 from inlay.lowering.guards import check_engine
+from inlay.lowering.support import NotCapturableError
 from inlay.passes.pass_manager import CAPTURE_PASSES, PASSES
 from inlay.verify import TokenComparison, compare_greedy
 from tests import mutants
@@ -54,10 +57,19 @@ def test_capture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(monkeypatch, toy, mutant, "export", "capture", CAPTURE)
 
 
-@each(mutants.WINDOWS)
-def test_windows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    toy, mutant = mutants.WINDOWS[name]
-    refused(monkeypatch, toy, mutant, "model", "capture", CAPTURE)
+@each(mutants.MASKS)
+def test_masks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy, mutant = mutants.MASKS[name]
+    right = capture_module._capture
+
+    def without_plain_graph(model: Any, attention: str | None, *rest: Any) -> Any:
+        if attention != ATTENTION:
+            raise NotCapturableError("not looked at")
+        return right(model, attention, *rest)
+
+    monkeypatch.setattr(capture_module, "_capture", without_plain_graph)
+    message = "^architecture '.*' cannot be captured: module .* calls attention with .* its mask is"
+    refused(monkeypatch, toy, mutant, "model", "capture", message)
 
 
 @each(mutants.GRAPH)
