@@ -64,6 +64,23 @@ def test_values_are_made_before_they_are_read_and_weights_are_the_segments(name:
         assert graph_key(graph_to_json(segment)) == key
 
 
+def test_what_segments_hand_to_each_other_is_dense() -> None:
+    """They are compiled for dense inputs and do not look at strides: llama's cos and sin, which
+    the first layer's segment makes as views for all later ones, have gaps."""
+    program, segments = parts("llama", layers=3)
+    read = {name for step in program.segment_steps for name in step.inputs}
+    made_dense = []
+    for step in program.segment_steps:
+        outputs = next(iter(segments[step.segment].graph.find_nodes(op="output"))).args[0]
+        for name, node in zip(step.outputs, outputs, strict=True):
+            value = node.meta["val"]
+            dense = torch.empty_like(value, memory_format=torch.contiguous_format)
+            assert name not in read or value.stride() == dense.stride(), name
+            if node.target is torch.ops.aten.contiguous.default:
+                made_dense.append(name)
+    assert made_dense
+
+
 @pytest.mark.parametrize("name", sorted(TOYS))
 def test_the_lm_head_is_a_step_of_its_own(name: str) -> None:
     program, _ = parts(name)
