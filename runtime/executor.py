@@ -12,10 +12,11 @@ from inlay.errors import RequestError
 from inlay.runtime.batch import Batch, StepSizes, prepare
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.kv_cache import KVCache
+from inlay.runtime.logits import LogitsProcessor
 from inlay.runtime.memory import num_kv_blocks
 from inlay.runtime.outputs import StepOutput
 from inlay.runtime.request import Request, RequestState, check_prompt, check_vocabulary
-from inlay.runtime.sampler import Sampler
+from inlay.runtime.sampler import NO_TOKEN, Sampler
 from inlay.runtime.sampling_params import SamplingParams
 from inlay.runtime.scheduler import ScheduledRequest, Scheduler
 
@@ -39,6 +40,7 @@ class Executor:
             len(model.kv_groups), num_blocks, self.limits.block_size, max_num_seqs, max_seq_len
         )
         self.scheduler = Scheduler(self.kv_cache, max_num_seqs, self.limits.max_num_tokens)
+        self.logits_processor = LogitsProcessor(max_num_seqs, self.limits.vocab_size, model.device)
         self.sampler = Sampler(max_num_seqs, model.device)
         self._sizes = StepSizes.within(self.limits)
         self._requests: dict[str, Request] = {}
@@ -54,7 +56,10 @@ class Executor:
         limits = self.limits
         token_ids = check_prompt(prompt_token_ids, limits.vocab_size, limits.max_seq_len)
         limits.refuse_padding(token_ids)
-        check_vocabulary("stop_token_ids", params.stop_token_ids or (), limits.vocab_size)
+        for name, ids in params.named_token_ids.items():
+            check_vocabulary(name, ids, limits.vocab_size)
+        if params.bad_words:
+            raise RequestError("bad_words are text, which an executor does not know: bad_words_ids")
         total = self._max_total_tokens(len(token_ids), params)
         needed = self.kv_cache.num_blocks_for(total)
         if needed > self.kv_cache.num_blocks:
@@ -121,13 +126,17 @@ class Executor:
     def _schedule(self) -> list[ScheduledRequest]:
         scheduled, admitted = self.scheduler.schedule()
         for request in admitted:
+            self.logits_processor.set_slot(request.slot, request)
             self.sampler.set_slot(request.slot, request.params, request.seed)
         return scheduled
 
     def _sample(self, batch: Batch, logits: torch.Tensor) -> list[int]:
         if not batch.sampled:
             return []
-        return self.sampler.sample(logits, batch.slots, batch.positions).tolist()
+        logits = self.logits_processor.apply(logits, batch.slots)
+        tokens = self.sampler.sample(logits, batch.slots, batch.positions)
+        self.logits_processor.observe(batch.slots, tokens)
+        return tokens.tolist()
 
     def _advance(
         self, scheduled: list[ScheduledRequest], sampled: list[Request], token_ids: list[int]
@@ -138,6 +147,10 @@ class Executor:
         outputs = []
         for request, token_id in zip(sampled, token_ids, strict=True):
             if request.state is not RequestState.RUNNING:
+                continue
+            if token_id == NO_TOKEN:
+                self.abort(request.request_id)
+                outputs.append(StepOutput(request.request_id, error=_no_token(request)))
                 continue
             reason, stop_reason = request.append(token_id)
             if reason is not None:
@@ -159,3 +172,11 @@ class Executor:
         if params.max_tokens is None:
             return self.limits.max_seq_len
         return min(num_prompt_tokens + params.max_tokens, self.limits.max_seq_len)
+
+
+def _no_token(request: Request) -> RequestError:
+    return RequestError(
+        f"request {request.request_id!r} has no token to choose from after "
+        f"{len(request.token_ids)}: its logits are NaN, or allowed_token_ids, bad_words, "
+        "no_repeat_ngram_size and min_tokens together leave none; loosen those"
+    )

@@ -6,11 +6,16 @@ Parameters live in tensors by slot (a running request's place), and the chosen t
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
 from inlay.runtime.noise import gumbel, row_keys
 from inlay.runtime.sampling_params import SamplingParams
+
+NO_TOKEN = -1
+"""Sampled where there is nothing to choose: the logits are NaN, or -inf all of them."""
 
 GREEDY, PLAIN, TRUNCATED = 0, 1, 2
 """How a slot samples: argmax; the whole vocabulary; a top-k / top-p set."""
@@ -32,9 +37,13 @@ class Sampler:
         self._temperature = torch.ones(max_num_seqs, dtype=torch.float32, device=device)
         self._top_k = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._top_p = torch.ones(max_num_seqs, dtype=torch.float64, device=device)
+        self._log_min_p = torch.zeros(max_num_seqs, dtype=torch.float32, device=device)
+        self._typical_p = torch.ones(max_num_seqs, dtype=torch.float64, device=device)
         # The host decides which path a row takes; a copy here saves waiting for the device.
         self._kind = np.zeros(max_num_seqs, dtype=np.int8)
         self._host_top_k = np.zeros(max_num_seqs, dtype=np.int64)
+        self._has_min_p = np.zeros(max_num_seqs, dtype=bool)
+        self._is_typical = np.zeros(max_num_seqs, dtype=bool)
 
     def set_slot(self, slot: int, params: SamplingParams, seed: int) -> None:
         """Take over a new request's parameters; seed is any integer of 64 bits."""
@@ -48,6 +57,9 @@ class Sampler:
         self._temperature[slot] = params.temperature
         self._top_k[slot] = max(params.top_k, 0)
         self._top_p[slot] = params.top_p
+        self._has_min_p[slot], self._is_typical[slot] = params.min_p > 0, params.typical_p < 1
+        self._log_min_p[slot] = math.log(params.min_p) if params.min_p > 0 else -math.inf
+        self._typical_p[slot] = params.typical_p
 
     def sample(
         self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray
@@ -56,7 +68,7 @@ class Sampler:
 
         logits: [>= N, vocab], any float dtype; rows beyond N are padding.
         slots, positions: int64 [N], the row's slot and the position its token will take.
-        Returns int64 [N] on the device.
+        Returns int64 [N] on the device; -1 where the logits are NaN, or -inf all of them.
         """
         logits = logits[: len(slots)]
         on_device = torch.from_numpy(slots).to(self.device)
@@ -74,7 +86,8 @@ class Sampler:
                     int(kind), picked, on_device[index], where[index], slots[rows]
                 )
         self.last_tokens[on_device] = tokens
-        return tokens
+        sound = logits.gather(1, tokens[:, None]).squeeze(1).isfinite()
+        return torch.where(sound, tokens, NO_TOKEN)
 
     def _sample_kind(
         self,
@@ -90,6 +103,14 @@ class Sampler:
         # Relative to the maximum, low temperatures keep their precision.
         scaled = (logits - logits.amax(-1, keepdim=True)).div_(self._temperature[slots, None])
         keys = row_keys(self._seeds[slots], positions)
+        if self._has_min_p[host_slots].any():
+            scaled.masked_fill_(scaled < self._log_min_p[slots, None], -torch.inf)
+        if self._is_typical[host_slots].any():
+            rows = torch.from_numpy(np.flatnonzero(self._is_typical[host_slots])).to(self.device)
+            typical = typical_mask(scaled[rows], self._typical_p[slots[rows]])
+            scaled[rows] = scaled[rows].masked_fill_(~typical, -torch.inf)
+            # top_k and top_p count from the likeliest that is left.
+            scaled -= scaled.amax(-1, keepdim=True)
         if kind == PLAIN:
             return sample_plain(scaled, keys)
         top_k = self._host_top_k[host_slots]
@@ -112,7 +133,7 @@ def first_argmax(x: torch.Tensor) -> torch.Tensor:
     index = block * ARGMAX_BLOCK + inside.argmax(-1, keepdim=True)
     if whole < size:
         tail = x[:, whole:].argmax(-1, keepdim=True) + whole
-        index = torch.where(x.gather(1, tail) > x.gather(1, index), tail, index)
+        index = torch.where(x.gather(1, tail) <= x.gather(1, index), index, tail)  # NaN wins
     return index.squeeze(1)
 
 
@@ -120,6 +141,22 @@ def sample_plain(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Gumbel-max over the whole vocabulary: float32 [N, V], int64 [N] -> int64 [N]."""
     token_ids = torch.arange(scaled.shape[1], dtype=torch.int32, device=scaled.device)
     return first_argmax(gumbel(keys, token_ids).add_(scaled))
+
+
+def typical_mask(scaled: torch.Tensor, typical_p: torch.Tensor) -> torch.Tensor:
+    """Whether a token is locally typical: float [N, V], float64 [N] -> bool [N, V].
+
+    Tokens whose information is nearest to the row's entropy, until their probability reaches
+    typical_p; equal tokens share one fate. This one sorts: few requests ask for it.
+    """
+    log_p = scaled.double().log_softmax(-1)
+    p = log_p.exp()
+    entropy = -(p * log_p).nan_to_num(0.0).sum(-1, keepdim=True)
+    distance = (-log_p - entropy).abs()
+    nearest = distance.sort(-1)
+    mass = p.gather(-1, nearest.indices).cumsum(-1)
+    last = (mass < typical_p[:, None]).sum(-1, keepdim=True).clamp_max(mass.shape[-1] - 1)
+    return distance <= nearest.values.gather(-1, last)
 
 
 def sample_truncated(

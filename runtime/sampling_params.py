@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -10,6 +10,12 @@ from inlay.errors import RequestError
 
 MAX_TEMPERATURE = 1e6
 """Beyond it logits are all alike in float32: tokens would be drawn uniformly."""
+
+MAX_PENALTY = 1e6
+"""Of repetition: a logit times this is still finite in float32."""
+
+MAX_BIAS = 1e6
+"""Enough to force a token or to keep it away; allowed_token_ids and bad_words_ids do so wholly."""
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing logits by them would overflow float32."""
@@ -23,6 +29,20 @@ class SamplingParams:
     top_p: keep the most likely tokens until their probability reaches this, in (0, 1].
     top_k: keep the k most likely tokens; 0 or -1 keeps all. top_k comes before top_p, and tokens
         as likely as the last one kept stay too.
+    min_p: keep tokens at least this many times as likely as the likeliest, in [0, 1]; 0 is off.
+        It comes before top_k.
+    typical_p: keep the tokens whose information is nearest to the distribution's entropy until
+        their probability reaches this, in (0, 1]; 1 is off (Meister et al., 2022). It comes last.
+    repetition_penalty: logits of tokens in prompt or output are divided by this where positive and
+        multiplied where negative; 1 is off (Keskar et al., 2019).
+    presence_penalty: taken from the logits of tokens that are in the output; 0 is off.
+    frequency_penalty: taken from them for each time that they are in it; 0 is off.
+    no_repeat_ngram_size: no n-gram of this length comes twice, the prompt's included; 0 is off.
+    logit_bias: {token id: what is added to its logit}, kept as pairs.
+    allowed_token_ids: no other token comes.
+    bad_words: strings that must not come.
+    bad_words_ids: lists of token ids that must not come one after the other.
+    min_tokens: end-of-sequence and stop tokens must not come before so many.
     seed: the same seed gives the same tokens in any batch; None draws one at arrival.
     stop: strings that end the request; they are cut from the text.
     stop_token_ids: token ids that end the request, besides the model's end-of-sequence ids.
@@ -37,6 +57,17 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    min_tokens: int = 0
     seed: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
@@ -65,6 +96,22 @@ class SamplingParams:
             "an integer in [1, 2**31), or 0 or -1 for off",
             self.top_k,
         )
+        for name, (is_allowed, text) in _NUMBERS.items():
+            value = getattr(self, name)
+            _require(_is_real(value) and is_allowed(float(value)), name, text, value)
+            object.__setattr__(self, name, float(value))
+        for name in ("no_repeat_ngram_size", "min_tokens"):
+            value = getattr(self, name)
+            _require(_is_int(value) and 0 <= value < 2**31, name, "an integer >= 0", value)
+            object.__setattr__(self, name, int(value))
+        _require(
+            self.max_tokens is None
+            or not _is_int(self.max_tokens)
+            or self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            f"at most max_tokens ({self.max_tokens})",
+            self.min_tokens,
+        )
         _require(
             self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**64),
             "seed",
@@ -85,8 +132,48 @@ class SamplingParams:
         for name in ("seed", "max_tokens"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, int(getattr(self, name)))
-        object.__setattr__(self, "stop", _as_stop_strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", _as_token_ids(self.stop_token_ids))
+        object.__setattr__(self, "stop", _as_strings("stop", self.stop))
+        object.__setattr__(
+            self, "stop_token_ids", _as_token_ids("stop_token_ids", self.stop_token_ids)
+        )
+        object.__setattr__(self, "logit_bias", _as_bias(self.logit_bias))
+        object.__setattr__(self, "bad_words", _as_strings("bad_words", self.bad_words))
+        if self.allowed_token_ids is not None:
+            allowed = _as_token_ids("allowed_token_ids", self.allowed_token_ids)
+            _require(
+                bool(allowed), "allowed_token_ids", "None or a list that is not empty", allowed
+            )
+            object.__setattr__(self, "allowed_token_ids", allowed)
+        words = self.bad_words_ids if self.bad_words_ids is not None else ()
+        _require(
+            isinstance(words, list | tuple) and all(words),
+            "bad_words_ids",
+            "a list of lists of token ids, none of them empty",
+            words,
+        )
+        ids = tuple(_as_token_ids("bad_words_ids", word) for word in words)
+        object.__setattr__(self, "bad_words_ids", ids)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens that came before change the logits."""
+        off = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        return off != (1.0, 0.0, 0.0)
+
+    @property
+    def bias(self) -> dict[int, float]:
+        """`logit_bias`, always as a dict."""
+        return dict(_as_bias(self.logit_bias))
+
+    @property
+    def named_token_ids(self) -> dict[str, tuple[int, ...]]:
+        """All token ids in these parameters, by parameter, to be held against a vocabulary."""
+        return {
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "allowed_token_ids": tuple(self.allowed_token_ids or ()),
+            "logit_bias": tuple(self.bias),
+            "bad_words_ids": tuple(i for word in self.bad_words_ids or () for i in word),
+        }
 
     @property
     def is_greedy(self) -> bool:
@@ -96,29 +183,54 @@ class SamplingParams:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop`, always as a tuple."""
-        return _as_stop_strings(self.stop)
+        return _as_strings("stop", self.stop)
 
 
-def _as_stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else stop if stop is not None else ()
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "min_p": (lambda x: 0 <= x <= 1, "a number in [0, 1] (0 is off)"),
+    "typical_p": (lambda x: 0 < x <= 1, "a number in (0, 1] (1 is off)"),
+    "repetition_penalty": (lambda x: 0 < x <= MAX_PENALTY, f"in (0, {MAX_PENALTY:g}] (1 is off)"),
+    "presence_penalty": (lambda x: -2 <= x <= 2, "a number in [-2, 2] (0 is off)"),
+    "frequency_penalty": (lambda x: -2 <= x <= 2, "a number in [-2, 2] (0 is off)"),
+}
+
+
+def _as_strings(name: str, given: str | Sequence[str] | None) -> tuple[str, ...]:
+    strings = (given,) if isinstance(given, str) else given if given is not None else ()
     _require(
         isinstance(strings, list | tuple) and all(isinstance(s, str) and s for s in strings),
-        "stop",
+        name,
         "a string or a list of strings, none of them empty",
-        stop,
+        given,
     )
     return tuple(strings)
 
 
-def _as_token_ids(ids: Sequence[int] | None) -> tuple[int, ...]:
+def _as_token_ids(name: str, ids: Sequence[int] | None) -> tuple[int, ...]:
     given = ids if ids is not None else ()
     _require(
         isinstance(given, list | tuple) and all(_is_int(i) and i >= 0 for i in given),
-        "stop_token_ids",
+        name,
         "a list of token ids >= 0",
         ids,
     )
     return tuple(int(i) for i in given)
+
+
+def _as_bias(
+    bias: Mapping[int, float] | Sequence[tuple[int, float]] | None,
+) -> tuple[tuple[int, float], ...]:
+    given = bias if bias is not None else ()
+    pairs = tuple(given.items()) if isinstance(given, Mapping) else given
+    _require(
+        isinstance(pairs, tuple)
+        and all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs)
+        and all(_is_int(i) and i >= 0 and _is_real(v) and abs(v) <= MAX_BIAS for i, v in pairs),
+        "logit_bias",
+        f"{{token id: number from -{MAX_BIAS:g} to {MAX_BIAS:g}}}",
+        bias,
+    )
+    return tuple((int(i), float(v)) for i, v in pairs)
 
 
 def _is_int(value: object) -> bool:

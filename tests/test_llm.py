@@ -321,3 +321,15 @@ def test_options_reach_the_executor_and_others_are_refused() -> None:
         LLM(FakeEngine(), dtype="bfloat16")
     with pytest.raises(OptionError, match="no tokenizer at tokenizer='/nowhere'"):
         LLM(FakeEngine(), tokenizer="/nowhere")
+
+
+def test_what_must_not_come_does_not() -> None:
+    llm = make_llm()
+    free = llm.generate("ab", SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)[0]
+    token = free.outputs[0].token_ids[2]
+    bad = SamplingParams(temperature=0, max_tokens=12, bad_words_ids=[[token]], min_tokens=12)
+    banned = llm.generate("ab", bad, use_tqdm=False)[0].outputs[0]
+    assert token not in banned.token_ids
+    assert len(banned.token_ids) == 12
+    with pytest.raises(RequestError, match=r"prompt 0: logit_bias must be integers in \[0, "):
+        llm.generate("ab", SamplingParams(logit_bias={10**6: 1.0}), use_tqdm=False)

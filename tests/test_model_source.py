@@ -74,9 +74,9 @@ def test_the_end_of_sequence_may_be_given(calls: list[Any]) -> None:
 
 
 def test_what_a_generation_config_asks_for_in_vain(caplog: pytest.LogCaptureFixture) -> None:
-    given = {"temperature": 0.5, "repetition_penalty": 1.3, "num_beams": 1, "min_length": 0}
+    given = {"repetition_penalty": 1.3, "num_beams": 4, "min_length": 0, "penalty_alpha": None}
     params = default_sampling(FakeEngine(generation_config=given))
-    assert params.temperature == 0.5
-    assert "not applied: {'repetition_penalty': 1.3}" in caplog.text
+    assert params.repetition_penalty == 1.3
+    assert "not applied: {'num_beams': 4}" in caplog.text
     with pytest.raises(OptionError, match=r"generation_config\.json is wrong: .*temperature"):
         default_sampling(FakeEngine(generation_config={"temperature": -3}))

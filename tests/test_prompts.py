@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 
 from inlay.errors import RequestError
-from inlay.prompts import as_conversations, as_prompt_list, encode_prompt, render_chat
+from inlay.prompts import (
+    as_conversations,
+    as_prompt_list,
+    encode_bad_words,
+    encode_prompt,
+    render_chat,
+)
+from inlay.runtime.sampling_params import SamplingParams
 from tests.runtime.toy_tokenizers import byte_level
 
 TOKENIZER = byte_level()
@@ -135,3 +142,16 @@ def test_one_conversation_or_many() -> None:
     for bad in ([], None, "hi", {"role": "user"}):
         with pytest.raises(RequestError, match="messages must be a list like"):
             as_conversations(bad)  # type: ignore[arg-type]
+
+
+def test_bad_words_become_token_ids() -> None:
+    tokenizer = byte_level()
+    params = SamplingParams(bad_words=["ab"], bad_words_ids=[[1]])
+    encoded = encode_bad_words(params, tokenizer)
+    inside, word = (tokenizer.encode(t, add_special_tokens=False) for t in ("ab", " ab"))
+    assert encoded.bad_words_ids == ((1,), tuple(inside), tuple(word))
+    assert not encoded.bad_words
+    unchanged = SamplingParams()
+    assert encode_bad_words(unchanged, None) is unchanged
+    with pytest.raises(RequestError, match="bad_words needs a tokenizer"):
+        encode_bad_words(params, None)

@@ -18,6 +18,7 @@ from inlay.prompts import (
     Prompt,
     as_conversations,
     as_prompt_list,
+    encode_bad_words,
     encode_prompt,
     render_chat,
 )
@@ -143,10 +144,11 @@ class LLM:
             try:
                 prompt = encode(items[index])
                 self._processor.check_params(one)
-                token_ids = self._executor.check_request(prompt.token_ids, one)
+                params_in_ids = encode_bad_words(one, self._tokenizer)
+                token_ids = self._executor.check_request(prompt.token_ids, params_in_ids)
             except RequestError as error:
                 raise RequestError(f"prompt {index}: {error}") from error
-            jobs.append(_Job(prompt.text, token_ids, one))
+            jobs.append(_Job(prompt.text, token_ids, params_in_ids))
         return jobs
 
     def _params_for_each(self, params: Params, count: int) -> Sequence[SamplingParams]:

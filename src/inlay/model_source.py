@@ -22,13 +22,22 @@ BUILD_SIZES = frozenset({"max_num_tokens", "max_num_seqs", "max_seq_len"})
 """Options of both the build and the executor; where there is a build, it takes them."""
 
 
+APPLIED = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "typical_p": "typical_p",
+    "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+    "bad_words_ids": "bad_words_ids",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+}
+"""Fields of a generation config, and what they are called in `SamplingParams`."""
+
 NOT_APPLIED: dict[str, Any] = {
-    "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "min_p": None,
-    "typical_p": 1.0,
     "num_beams": 1,
     "penalty_alpha": None,
     "suppress_tokens": None,
@@ -36,7 +45,6 @@ NOT_APPLIED: dict[str, Any] = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "min_length": 0,
-    "min_new_tokens": None,
     "sequence_bias": None,
 }
 """Fields of a generation config that change the text and that we have no counterpart of, with the
@@ -107,9 +115,7 @@ def eos_token_ids(engine: EngineLike, tokenizer: PreTrainedTokenizerBase | None)
 def default_sampling(engine: EngineLike) -> SamplingParams:
     """What the model's generation config recommends; SamplingParams' defaults for the rest."""
     config = engine.generation_config
-    names = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k"}
-    names["max_new_tokens"] = "max_tokens"
-    given = {ours: config[name] for name, ours in names.items() if config.get(name) is not None}
+    given = {ours: config[name] for name, ours in APPLIED.items() if config.get(name) is not None}
     if config.get("do_sample") is False:
         given["temperature"] = 0.0
     if unused := {

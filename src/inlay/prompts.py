@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from inlay.errors import RequestError
+from inlay.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,3 +125,20 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase | None) -> list[i
             ' {"prompt_token_ids": [bos_token_id]}'
         )
     return tokenizer.encode(text)
+
+
+def encode_bad_words(
+    params: SamplingParams, tokenizer: PreTrainedTokenizerBase | None
+) -> SamplingParams:
+    """bad_words as bad_words_ids: each as it is within a text and, after a space, as a word."""
+    if not params.bad_words:
+        return params
+    if tokenizer is None:
+        raise RequestError(
+            "bad_words needs a tokenizer, and the engine has none: give LLM(tokenizer=...), or use"
+            " bad_words_ids"
+        )
+    texts = [text for word in params.bad_words for text in (word, f" {word}")]
+    ids = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    every = dict.fromkeys([*(params.bad_words_ids or ()), *ids])
+    return replace(params, bad_words=None, bad_words_ids=tuple(every))

@@ -15,7 +15,7 @@ import torch
 from inlay.backends.base import KVGroup, ModelLimits
 from inlay.backends.step import PADDING_SLOT, StepInputs
 from inlay.runtime.executor import Executor
-from inlay.runtime.sampler import Sampler
+from inlay.runtime.sampler import NO_TOKEN, Sampler
 from inlay.runtime.sampling_params import SamplingParams
 
 WINDOWS = (0, 5)
@@ -97,6 +97,38 @@ class FakeModel:
         assert all(len(set(slots.tolist())) == len(slots) for slots in live), "two tokens, one slot"
 
 
+def processed(
+    logits: np.ndarray,
+    tokens: Sequence[int],
+    num_prompt: int,
+    params: SamplingParams,
+    ends: set[int],
+) -> np.ndarray:
+    """Penalties, biases and bans as their definitions have them, token by token."""
+    output, logits = list(tokens[num_prompt:]), logits.copy()
+    for token in set(tokens):
+        factor = np.float32(params.repetition_penalty)
+        logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+    for token in set(output):
+        logits[token] -= np.float32(params.frequency_penalty) * output.count(token)
+        logits[token] -= np.float32(params.presence_penalty)
+    for token, value in params.bias.items():
+        logits[token] += np.float32(value)
+    if params.allowed_token_ids is not None:
+        logits[[t for t in range(len(logits)) if t not in params.allowed_token_ids]] = -np.inf
+    if len(output) < params.min_tokens:
+        logits[list(ends)] = -np.inf
+    for *before, last in params.bad_words_ids or ():
+        if list(tokens[len(tokens) - len(before) :]) == before:
+            logits[last] = -np.inf
+    if size := params.no_repeat_ngram_size:
+        recent = tuple(tokens[len(tokens) - size + 1 :])
+        for start in range(len(tokens) - size + 1):
+            if tuple(tokens[start : start + size - 1]) == recent:
+                logits[tokens[start + size - 1]] = -np.inf
+    return logits
+
+
 def generate_alone(
     model: FakeModel, prompt: Sequence[int], params: SamplingParams, max_seq_len: int
 ) -> tuple[list[int], str]:
@@ -111,12 +143,16 @@ def generate_alone(
         logits = logits_of(cached, model.limits.vocab_size).copy()
         if model.eos is not None:
             logits[model.eos] += 3
-        rows, positions = np.array([0]), np.array([len(tokens)])
-        tokens.append(int(sampler.sample(torch.from_numpy(logits)[None], rows, positions)))
-        stops = set(params.stop_token_ids or ())
+        ends = set(params.stop_token_ids or ())
         if model.eos is not None and not params.ignore_eos:
-            stops.add(model.eos)
-        if tokens[-1] in stops:
+            ends.add(model.eos)
+        logits = processed(logits, tokens, len(prompt), params, ends)
+        rows, positions = np.array([0]), np.array([len(tokens)])
+        token = int(sampler.sample(torch.from_numpy(logits)[None], rows, positions))
+        if token == NO_TOKEN:
+            return tokens[len(prompt) :], "error"
+        tokens.append(token)
+        if tokens[-1] in ends:
             return tokens[len(prompt) :], "stop"
         if len(tokens) >= min(most, max_seq_len):
             return tokens[len(prompt) :], "length"
@@ -128,7 +164,8 @@ def run_all(executor: Executor) -> dict[str, tuple[list[int], str | None]]:
     while executor.has_unfinished:
         for output in executor.step():
             tokens, _ = results.get(output.request_id, ([], None))
-            results[output.request_id] = ([*tokens, *output.token_ids], output.finish_reason)
+            reason = "error" if output.error is not None else output.finish_reason
+            results[output.request_id] = ([*tokens, *output.token_ids], reason)
     return results
 
 

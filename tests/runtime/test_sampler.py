@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TypicalLogitsWarper
 
 from inlay.runtime.noise import gumbel, row_keys
 from inlay.runtime.sampler import (
@@ -11,6 +12,7 @@ from inlay.runtime.sampler import (
     sample_plain,
     sample_truncated,
     top_k_top_p_mask,
+    typical_mask,
 )
 from inlay.runtime.sampling_params import SamplingParams
 from tests.runtime.chi_square import assert_distributed
@@ -222,3 +224,36 @@ def test_low_temperatures_are_nearly_greedy() -> None:
         sampler = make_sampler([SamplingParams(temperature=temperature, seed=1)])
         token = sampler.sample(logits, np.array([0]), np.array([0]))
         assert token.tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.2, 0.5, 0.9, 0.999])
+def test_typical_tokens_are_those_of_transformers(p: float) -> None:
+    logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(3)) * 2
+    theirs = TypicalLogitsWarper(p)(torch.zeros(20, 1), logits.double()) > -torch.inf
+    ours = typical_mask(logits - logits.amax(-1, keepdim=True), torch.full((20,), p).double())
+    assert torch.equal(ours, theirs)
+    assert ours.any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "warper"),
+    [
+        ({"min_p": 0.3}, MinPLogitsWarper(0.3)),
+        ({"typical_p": 0.4}, TypicalLogitsWarper(0.4)),
+        ({"min_p": 0.1, "top_k": 3}, TopKLogitsWarper(3)),
+    ],
+)
+def test_min_p_and_typical_p_are_distributed_as_those_of_transformers(
+    options: dict[str, float], warper: LogitsProcessor
+) -> None:
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(1)).float()
+    scores = warper(torch.zeros(1, 1), logits.clone())
+    if "top_k" in options:
+        scores = MinPLogitsWarper(0.1)(torch.zeros(1, 1), scores)
+    sampler = make_sampler([SamplingParams(**options)])  # type: ignore[arg-type]
+    slot, places = np.array([0]), [np.array([place]) for place in range(4000)]
+    tokens = [int(sampler.sample(logits, slot, place)) for place in places]
+    counts, expected = np.bincount(tokens, minlength=12), scores.softmax(-1)[0].double().numpy()
+    assert not counts[expected == 0].any()
+    assert 1 < (expected > 0).sum() < 12
+    assert_distributed(counts[expected > 0], expected[expected > 0])

@@ -7,6 +7,16 @@ import json
 import sys
 from typing import Any
 
+LISTS = (
+    "stop",
+    "stop_token_ids",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "bad_words_ids",
+)
+"""Fields that are no single number: some have a flag that may be repeated, some none."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from inlay.cli.options import add_dataclass_arguments
@@ -18,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="render prompts as chat messages")
     parser.add_argument("--tokenizer", help="directory or hub id, where not the model's own")
     sampling = parser.add_argument_group("sampling")
-    add_dataclass_arguments(sampling, SamplingParams, skip=("stop", "stop_token_ids"))
+    add_dataclass_arguments(sampling, SamplingParams, skip=LISTS)
     sampling.add_argument("--stop", action="append", help="stop string; may be repeated")
+    sampling.add_argument("--bad-words", action="append", help="must not come; may be repeated")
     sampling.add_argument("--stop-token-ids", type=int, action="append", metavar="int")
     compiling = parser.add_argument_group("compiling, where a model is given")
     add_dataclass_arguments(compiling, CompileOptions)
