@@ -48,6 +48,10 @@ class Detokenizer:
         self._window = context
         self._num_read = len(context)
 
+    def text_of(self, token_id: int) -> str:
+        """One token by itself; special tokens too, and bytes that are no character as U+FFFD."""
+        return self._decode([token_id])
+
     def append(self, token_ids: Sequence[int]) -> str:
         """New whole characters that these tokens complete."""
         text = ""

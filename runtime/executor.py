@@ -13,8 +13,9 @@ from inlay.runtime.batch import Batch, StepSizes, prepare
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.kv_cache import KVCache
 from inlay.runtime.logits import LogitsProcessor
+from inlay.runtime.logprobs import top_logprobs
 from inlay.runtime.memory import num_kv_blocks
-from inlay.runtime.outputs import StepOutput
+from inlay.runtime.outputs import Logprob, StepOutput
 from inlay.runtime.request import Request, RequestState, check_prompt, check_vocabulary
 from inlay.runtime.sampler import NO_TOKEN, Sampler
 from inlay.runtime.sampling_params import SamplingParams
@@ -112,8 +113,10 @@ class Executor:
         if scheduled:
             try:
                 batch = prepare(scheduled, self.kv_cache, self.sampler.last_tokens, self._sizes)
-                token_ids = self._sample(batch, self.model.forward(batch.step))
-                outputs += self._advance(scheduled, batch.sampled, token_ids)
+                logits = self.model.forward(batch.step)
+                token_ids = self._sample(batch, logits)
+                logprobs = self._logprobs(batch, logits, token_ids)
+                outputs += self._advance(scheduled, batch.sampled, token_ids, logprobs)
             except BaseException as error:
                 outputs += self._fail(scheduled, error)
                 if not isinstance(error, Exception):
@@ -133,13 +136,35 @@ class Executor:
     def _sample(self, batch: Batch, logits: torch.Tensor) -> list[int]:
         if not batch.sampled:
             return []
-        logits = self.logits_processor.apply(logits, batch.slots)
-        tokens = self.sampler.sample(logits, batch.slots, batch.positions)
+        processed = self.logits_processor.apply(logits, batch.slots)
+        tokens = self.sampler.sample(processed, batch.slots, batch.positions)
         self.logits_processor.observe(batch.slots, tokens)
         return tokens.tolist()
 
+    def _logprobs(
+        self, batch: Batch, logits: torch.Tensor, token_ids: list[int]
+    ) -> dict[str, tuple[dict[int, Logprob], ...]]:
+        """Of the requests that asked for them, by request id."""
+        wanted = [request.params.logprobs for request in batch.sampled]
+        rows = [
+            row
+            for row, count in enumerate(wanted)
+            if count is not None and token_ids[row] != NO_TOKEN
+        ]
+        if not rows:
+            return {}
+        index = torch.tensor(rows).to(logits.device)
+        counts = [wanted[row] or 0 for row in rows]
+        found = top_logprobs(logits[index], [token_ids[row] for row in rows], counts)
+        names = [batch.sampled[row].request_id for row in rows]
+        return {name: (one,) for name, one in zip(names, found, strict=True)}
+
     def _advance(
-        self, scheduled: list[ScheduledRequest], sampled: list[Request], token_ids: list[int]
+        self,
+        scheduled: list[ScheduledRequest],
+        sampled: list[Request],
+        token_ids: list[int],
+        logprobs: dict[str, tuple[dict[int, Logprob], ...]],
     ) -> list[StepOutput]:
         """Account for what was run and sampled; ends requests that are complete."""
         for item in scheduled:
@@ -155,7 +180,9 @@ class Executor:
             reason, stop_reason = request.append(token_id)
             if reason is not None:
                 self.abort(request.request_id)
-            outputs.append(StepOutput(request.request_id, (token_id,), reason, stop_reason))
+            name = request.request_id
+            mine = logprobs.get(name, ())
+            outputs.append(StepOutput(name, (token_id,), reason, stop_reason, logprobs=mine))
         return outputs
 
     def _fail(self, scheduled: list[ScheduledRequest], error: BaseException) -> list[StepOutput]:

@@ -12,6 +12,7 @@ from inlay.runtime.detokenizer import Detokenizer, StopStringMatcher, special_to
 from inlay.runtime.outputs import (
     CompletionOutput,
     FinishReason,
+    Logprob,
     RequestMetrics,
     RequestOutput,
     StepOutput,
@@ -34,6 +35,7 @@ class OutputState:
     detokenizer: Detokenizer | None
     metrics: RequestMetrics
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: BaseException | None = None
@@ -50,6 +52,7 @@ class OutputState:
         if output.token_ids and self.metrics.first_token_time is None:
             self.metrics = replace(self.metrics, first_token_time=now)
         self.token_ids += output.token_ids
+        self.logprobs += [self._decoded(places) for places in output.logprobs]
         self.error = output.error
         self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
         if self._append_text(output):
@@ -69,6 +72,7 @@ class OutputState:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             delta=text[self._num_delivered :],
+            logprobs=None if self.params.logprobs is None else list(self.logprobs),
         )
         self._num_delivered = len(text)
         return RequestOutput(
@@ -79,6 +83,12 @@ class OutputState:
             finished=self.finished,
             metrics=self.metrics,
         )
+
+    def _decoded(self, places: dict[int, Logprob]) -> dict[int, Logprob]:
+        if self.detokenizer is None:
+            return places
+        text_of = self.detokenizer.text_of
+        return {token: replace(p, decoded_token=text_of(token)) for token, p in places.items()}
 
     def _append_text(self, output: StepOutput) -> bool:
         """Whether the text now holds a stop string."""

@@ -9,6 +9,16 @@ FinishReason = Literal["length", "stop", "abort"]
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """logprob: natural logarithm of a token's probability. rank: 1 is the likeliest.
+    decoded_token: its text; None without a tokenizer."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True)
 class StepOutput:
     """What one executor step gave one request.
 
@@ -16,6 +26,7 @@ class StepOutput:
     finish_reason: None while the request goes on.
     stop_reason: the entry of stop_token_ids that was sampled; None for end of sequence.
     error: why the step failed; the request is over, its blocks are free.
+    logprobs: for each of token_ids, where the request asked for them.
     """
 
     request_id: str
@@ -23,6 +34,7 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     error: BaseException | None = None
+    logprobs: tuple[dict[int, Logprob], ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -59,6 +71,8 @@ class CompletionOutput:
     finish_reason: "length" (max_tokens or max_seq_len), "stop", "abort", or None: not finished.
     stop_reason: the stop string or the entry of stop_token_ids that ended it; None otherwise.
     delta: what `text` gained since the previous output of the same stream.
+    logprobs: for each of token_ids itself and the likeliest tokens there, by id, of the model's
+        logits before penalties, temperature and truncation; None where not asked for.
     """
 
     index: int
@@ -67,6 +81,15 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     delta: str = ""
+    logprobs: list[dict[int, Logprob]] | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """The logarithm of all tokens' probability; None where logprobs were not asked for."""
+        if self.logprobs is None:
+            return None
+        pairs = zip(self.token_ids, self.logprobs, strict=True)
+        return sum(places[token].logprob for token, places in pairs)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ MAX_TEMPERATURE = 1e6
 MAX_PENALTY = 1e6
 """Of repetition: a logit times this is still finite in float32."""
 
+MAX_LOGPROBS = 20
+"""Likeliest tokens that may be asked for."""
+
 MAX_BIAS = 1e6
 """Enough to force a token or to keep it away; allowed_token_ids and bad_words_ids do so wholly."""
 
@@ -47,6 +50,7 @@ class SamplingParams:
     stop: strings that end the request; they are cut from the text.
     stop_token_ids: token ids that end the request, besides the model's end-of-sequence ids.
     max_tokens: most tokens to generate; None goes on to the engine's max_seq_len.
+    logprobs: give the log probability of each token and of so many likeliest ones, 0 to 20.
     ignore_eos: go on after an end-of-sequence token.
     skip_special_tokens: leave special tokens out of the text.
     include_stop_str_in_output: keep the stop string or the stop token's text in the text.
@@ -72,6 +76,7 @@ class SamplingParams:
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     max_tokens: int | None = 16
+    logprobs: int | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -124,12 +129,19 @@ class SamplingParams:
             "None or an integer >= 1",
             self.max_tokens,
         )
+        count = self.logprobs
+        _require(
+            count is None or (_is_int(count) and 0 <= count <= MAX_LOGPROBS),
+            "logprobs",
+            f"None or an integer from 0 to {MAX_LOGPROBS}",
+            self.logprobs,
+        )
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             _require(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
         # numpy's scalars are welcome, but not to be met with later.
         for name, kind in (("temperature", float), ("top_p", float), ("top_k", int)):
             object.__setattr__(self, name, kind(getattr(self, name)))
-        for name in ("seed", "max_tokens"):
+        for name in ("seed", "max_tokens", "logprobs"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, int(getattr(self, name)))
         object.__setattr__(self, "stop", _as_strings("stop", self.stop))

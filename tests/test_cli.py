@@ -20,6 +20,7 @@ import inlay
 from inlay import CompileOptions, Engine, SamplingParams
 from inlay.cli import COMMANDS, main
 from inlay.cli.options import add_dataclass_arguments, dataclass_from_arguments, field_help
+from inlay.cli.run import LISTS
 from inlay.engine import build
 from inlay.errors import OptionError
 from tests.toys import build_toy
@@ -200,7 +201,7 @@ def test_flags_are_made_of_fields() -> None:
     [
         (["build", "demo", "-o", "x"], CompileOptions, set()),
         (["run", "demo", "-p", "x"], CompileOptions, set()),
-        (["run", "demo", "-p", "x"], SamplingParams, {"stop", "stop_token_ids"}),
+        (["run", "demo", "-p", "x"], SamplingParams, set(LISTS)),
     ],
 )
 def test_every_option_has_its_flag(

@@ -15,7 +15,7 @@ LISTS = (
     "bad_words",
     "bad_words_ids",
 )
-"""Fields that are no single number: some have a flag that may be repeated, some none."""
+"""Fields that are no single number: their flags may be repeated."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +31,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataclass_arguments(sampling, SamplingParams, skip=LISTS)
     sampling.add_argument("--stop", action="append", help="stop string; may be repeated")
     sampling.add_argument("--bad-words", action="append", help="must not come; may be repeated")
+    sampling.add_argument("--bad-words-ids", type=_ids, action="append", metavar="ID,ID,...")
+    sampling.add_argument("--logit-bias", type=_bias, action="append", metavar="ID=NUMBER")
+    sampling.add_argument("--allowed-token-ids", type=int, action="append", metavar="int")
     sampling.add_argument("--stop-token-ids", type=int, action="append", metavar="int")
     compiling = parser.add_argument_group("compiling, where a model is given")
     add_dataclass_arguments(compiling, CompileOptions)
     for name in vars(CompileOptions)["__dataclass_fields__"]:
         parser.set_defaults(**{name: None})  # an artifact has its own; only what is given counts
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be token ids, as 1,2,3; got {text}") from None
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        message = f"must be a token id and a number, as 7=-2.5; got {text}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -44,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from inlay.llm import LLM
     from inlay.runtime.sampling_params import SamplingParams
 
+    arguments.logit_bias = dict(arguments.logit_bias or ())
     params = dataclass_from_arguments(arguments, SamplingParams)
     engine = open_or_compile(arguments)
     llm = LLM(engine, tokenizer=arguments.tokenizer)
