@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,8 @@ def write(rows: Rows, path: Path) -> None:
     text += "\n## Refused, with the reason\n\n| configuration | reason |\n|---|---|\n"
     for name in refused:
         reason = by_name[name]["eager"]["refused"].partition("; without the registry")[0]
-        text += f"| {name} | {reason.replace('|', '/')} |\n"
+        short = re.sub(r'"[^"]*site-packages/', '"', reason).replace("|", "/")
+        text += f"| {name} | {short} |\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
