@@ -14,7 +14,9 @@ import threading
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -75,12 +77,25 @@ def narrowed(config: PreTrainedConfig, longest: int) -> tuple[PreTrainedConfig, 
     return copied, sizes
 
 
+class _WithoutProducts(TorchFunctionMode):
+    """Linear layers give zeros: masks do not depend on them, and they are what takes time."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and len(args) >= 2:
+            x, weight = args[:2]
+            return x.new_zeros(*x.shape[:-1], weight.shape[0])
+        return func(*args, **(kwargs or {}))
+
+
 @torch.inference_mode()
 def masks_of(model: PreTrainedModel) -> list[torch.Tensor | None]:
     """The mask of each attention call of a model that was built with PROBE, for NUM_TOKENS tokens;
     True is seen, None is no mask at all."""
     _seen.masks = []
-    model(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.long))
+    with _WithoutProducts():
+        model(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.long))
     return [None if mask is None else mask > HIDDEN for mask in _seen.masks]
 
 
