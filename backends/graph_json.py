@@ -18,7 +18,7 @@ from inlay.errors import ArtifactError
 
 OPERATORS = {
     f"operator.{name}": getattr(operator, name)
-    for name in ("getitem", "add", "sub", "mul", "floordiv", "mod")
+    for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
 }
 _OPERATOR_NAMES = {function: name for name, function in OPERATORS.items()}
 _TORCH_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)

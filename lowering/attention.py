@@ -11,12 +11,16 @@ import torch
 from transformers import AttentionInterface
 
 import inlay.passes.ops  # noqa: F401  (defines torch.ops.inlay)
+from inlay.lowering.support import NEEDED, NotCapturableError
 
 ATTENTION = "inlay"
 """The name under which transformers knows our attention function."""
 
 CHUNKED = "chunked_attention"
 """What transformers' configs call a layer whose queries see only their own chunk of positions."""
+
+HARMLESS = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k")
+"""Tensors that models hand on to attention, and that say what the op knows by itself."""
 
 _context = threading.local()
 
@@ -64,6 +68,11 @@ def _attention_forward(
     """The registry's signature: query [1, Hq, T, D], key and value [1, Hk, T, D or Dv]."""
     if attention_mask is not None:
         raise ValueError("the attention mask is made by the model itself")
+    if unknown := [n for n, v in kwargs.items() if torch.is_tensor(v) and n not in HARMLESS]:
+        raise NotCapturableError(
+            f"module {type(module).__name__} calls attention with a tensor {unknown[0]}, which may "
+            f"decide what is seen (sparse attention, position biases); {NEEDED}"
+        )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     out = torch.ops.inlay.attention(
         query[0].transpose(0, 1),

@@ -146,7 +146,8 @@ def _capture(
     captured = export_row(shell, max_num_tokens)
     # Under our name there are no masks: attention that goes around the registry has lost its own.
     skip = ("canonicalise", "fuse_attention") if attention == ATTENTION else ()
-    make_ragged(captured, max_positions(shell), skip)
+    longest = max_seq_len or max_positions(model) or DEFAULT_MAX_SEQ_LEN
+    make_ragged(captured, longest, skip)
     try:
         check_calls(model, captured.graph, experts)
     except NotCapturableError as error:
@@ -156,10 +157,9 @@ def _capture(
             mixing = ""
         raise NotCapturableError("; ".join(filter(None, (str(error), mixing)))) from error
     if attention == ATTENTION:
-        longest = max_seq_len or max_positions(model) or DEFAULT_MAX_SEQ_LEN
         config, sizes = narrowed(model.config, longest)
         probed = share_tensors(model, PROBE, other=config).eval()
-        check_windows(captured.graph, masks_of(probed), sizes)
+        check_windows(captured.graph, masks_of(probed, longest), sizes)
     return captured
 
 
@@ -170,19 +170,19 @@ def _few_tokens(captured: Captured, model: PreTrainedModel) -> Check:
     return Check(lambda name: inputs[name] if name in inputs else captured.sources[name], 0.0)
 
 
-def make_ragged(captured: Captured, max_positions: int | None, skip: Collection[str] = ()) -> None:
+def make_ragged(captured: Captured, max_seq_len: int, skip: Collection[str] = ()) -> None:
     """Replace what holds for a row of one request only: attention and positions of its own.
 
-    max_positions: tokens of a request at most, for which tables of positions are made. skip: names
-    of passes to leave out.
+    max_seq_len: tokens of a request at most; tables of positions may hold no more. skip: names of
+    passes to leave out.
     """
     meta = captured.graph.meta
-    longest = min(captured.max_num_tokens, max_positions or captured.max_num_tokens)
-    meta |= {"constants": captured.sources.__getitem__, "max_num_tokens": longest}
+    meta["constants"], meta["max_seq_len"] = captured.sources.__getitem__, max_seq_len
+    meta["max_num_tokens"] = min(captured.max_num_tokens, max_seq_len)
     try:
         reports = run_passes(captured.graph, CAPTURE_PASSES, skip=skip)
         captured.reports = [report for report in reports if report.matches or report.expected]
     finally:
-        del meta["constants"], meta["max_num_tokens"]
+        del meta["constants"], meta["max_seq_len"], meta["max_num_tokens"]
     if misses := [miss for report in captured.reports for miss in report.misses]:
         raise NotCapturableError("attention is not understood: " + "; ".join(misses[:3]))

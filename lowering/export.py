@@ -175,7 +175,8 @@ def _longest_row(program: torch.export.ExportedProgram, shell: PreTrainedModel) 
 
 def _unlift(program: torch.export.ExportedProgram, shell: PreTrainedModel) -> Captured:
     """The exported graph with each placeholder marked as a weight or a step input."""
-    graph = copy.copy(program.graph_module).graph
+    # Copied: export may leave a dead branch (a pooler's) that its sources do not know as a user.
+    graph = copy.deepcopy(program.graph)
     gm = GraphModule(torch.nn.Module(), graph)
     tensors = {
         **dict(shell.named_parameters(remove_duplicate=False)),

@@ -28,7 +28,13 @@ from transformers import (
 from inlay.errors import UnsupportedModelError
 from inlay.passes.graph import calls, is_within, module_of
 
-UNUSED = ("training", "gradient_checkpointing", "vocab_size", "max_seq_len_cached")
+UNUSED = (
+    "training",
+    "gradient_checkpointing",
+    "vocab_size",
+    "max_seq_len_cached",
+    "attn_implementation",
+)
 """Attributes of modules that change nothing in evaluation mode, and which transformers itself lets
 differ from the config (resize_token_embeddings leaves one vocab_size behind, dynamic RoPE notes
 the longest request that it has seen)."""
@@ -170,6 +176,8 @@ def _facts(module: torch.nn.Module | None) -> dict[str, Any]:
         if (isinstance(value, int | float | str | tuple | list) or callable(value))
         and not name.startswith("_")
         and name not in UNUSED
+        and not re.search("dropout|loss|jitter", name)
+        and (name != "padding_idx" or hasattr(module, "create_position_ids_from_input_ids"))
     }
     names = [*module._parameters, *module._buffers]
     return {"class": type(module).__name__, "tensors": sorted(names), **facts}

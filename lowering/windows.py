@@ -70,7 +70,7 @@ def narrowed(config: PreTrainedConfig, longest: int) -> tuple[PreTrainedConfig, 
         for name, number in vars(part).items():
             counts_tokens = re.search("window|chunk|local_att", name) and "layer" not in name
             if counts_tokens and type(number) is int and number >= SMALLEST:
-                if number >= longest:
+                if number // 2 >= longest:
                     sizes[number] = 0
                 else:
                     setattr(part, name, sizes.setdefault(number, SMALLEST + STEP * len(sizes)))
@@ -90,12 +90,20 @@ class _WithoutProducts(TorchFunctionMode):
 
 
 @torch.inference_mode()
-def masks_of(model: PreTrainedModel) -> list[torch.Tensor | None]:
-    """The mask of each attention call of a model that was built with PROBE, for NUM_TOKENS tokens;
-    True is seen, None is no mask at all."""
+def masks_of(model: PreTrainedModel, longest: int) -> list[torch.Tensor | None]:
+    """The mask of each attention call of a model that was built with PROBE, for NUM_TOKENS tokens
+    or longest; True is seen, None is no mask at all.
+
+    Raises NotCapturableError where the model's code fails.
+    """
     _seen.masks = []
-    with _WithoutProducts():
-        model(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.long))
+    try:
+        with _WithoutProducts():
+            model(input_ids=torch.zeros(1, min(NUM_TOKENS, longest), dtype=torch.long))
+    except Exception as error:  # whatever a model's code may raise
+        raise NotCapturableError(
+            f"its masks cannot be looked at: {type(error).__name__}: {error}"
+        ) from error
     return [None if mask is None else mask > HIDDEN for mask in _seen.masks]
 
 

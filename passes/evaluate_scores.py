@@ -78,7 +78,7 @@ class Evaluator:
     def check_reach(self, node: Node, num_tokens: int, product: Node | None = None) -> None:
         """Raises NotExpressible where the mask may change beyond the tokens that are tried: a
         window that is longer would be taken for none."""
-        longest = self.gm.meta["max_num_tokens"]
+        longest = self.gm.meta["max_seq_len"]
         for each in _in_order(node, product):
             if "weight" in each.meta and fake(each).dtype == torch.bool and fake(each).dim() >= 2:
                 mask = self.gm.meta["constants"](each.meta["weight"])

@@ -45,7 +45,8 @@ def fuse_attention(gm: GraphModule) -> int:
 
     Repeated key and value heads (repeat_kv) are undone. `gm.meta["constants"]` gives the weights
     by name, for masks that lie in buffers, `gm.meta["max_num_tokens"]` the tokens that the graph
-    holds for; see attention_mask.py for how masks are recovered.
+    holds for, `gm.meta["max_seq_len"]` those that a request may have; see attention_mask.py for
+    how masks are recovered.
     """
     positions = positions_of(gm)
     forms: dict[Any, ScoreForm] = {}

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     GPT2DoubleHeadsModel,
     GPT2ForSequenceClassification,
     GPT2Model,
@@ -233,3 +235,31 @@ def test_functions_changed_by_hand() -> None:
         UnsupportedModelError, match=r"act_fn is not what.*its act is '.*tanh' instead of"
     ):
         capture(model, 64)
+
+
+def test_what_changes_nothing_in_evaluation_may_be_changed() -> None:
+    model = llama()
+    model.config.pad_token_id, model.config.attention_dropout = 2, 0.1
+    capture(model, 64)
+    roberta = build_toy("roberta")
+    roberta.config.pad_token_id = 3  # it counts positions by it
+    with pytest.raises(UnsupportedModelError, match="its padding_idx is 1 instead of 3"):
+        capture(roberta, 64)
+    albert = AutoConfig.for_model("albert", hidden_size=64, num_attention_heads=4, vocab_size=128)
+    albert.intermediate_size, albert.num_hidden_layers, albert.embedding_size = 112, 2, 32
+    capture(AutoModel.from_config(albert).eval(), 64)  # keeps its implementation's name
+
+
+def test_a_pooler_that_nobody_reads() -> None:
+    esm = AutoConfig.for_model(
+        "esm",
+        hidden_size=64,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        intermediate_size=112,
+        vocab_size=128,
+        pad_token_id=1,
+        mask_token_id=3,
+        position_embedding_type="rotary",
+    )
+    capture(AutoModel.from_config(esm).eval(), 64)

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from inlay import LLM, SamplingParams, compile_model
+from inlay.errors import UnsupportedModelError
 from inlay.lowering.attention import ATTENTION
 from inlay.lowering.capture import capture, share_tensors
 from inlay.lowering.support import NotCapturableError
@@ -55,7 +57,7 @@ def test_a_wrong_window_is_found(name: str, options: dict[str, Any]) -> None:
     graph = capture(model, 2048).graph
     config, sizes = narrowed(model.config, 1024)
     assert sizes == {next(iter(options.values())): 16}
-    masks = masks_of(share_tensors(model, PROBE, other=config).eval())
+    masks = masks_of(share_tensors(model, PROBE, other=config).eval(), 1024)
     check_windows(graph, masks, sizes)
     name = "chunk" if "llama4" in name else "window"
     node = next(n for n in calls(graph, ATTENTIONS) if bind(n)[name])
@@ -81,3 +83,51 @@ def test_the_users_model_and_config_are_left_alone() -> None:
     capture(model, 2048)
     assert model.config.sliding_window == 300
     assert model.config._attn_implementation not in (ATTENTION, PROBE)
+
+
+def test_a_window_that_the_plain_graph_cannot_tell() -> None:
+    """2048 tokens are tried at most: what begins beyond them must not be taken for nothing."""
+    options = {"sliding_window": 2500, "max_position_embeddings": 4096, "layers": 1}
+    with pytest.raises(UnsupportedModelError, match="the mask is made with the number 2500"):
+        capture(build_toy("phimoe", **options), 512)
+    assert windows(capture(build_toy("phimoe", **options), 512, 2048).graph) == [0]
+    assert windows(capture(build_toy("mistral", **options), 512).graph) == [2500]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt2", {"n_positions": 32}),
+        ("opt", {"max_position_embeddings": 40}),
+        ("bert", {"max_position_embeddings": 32}),
+        ("modernbert", {"local_attention": 4200, "max_position_embeddings": 4096}),
+        ("mistral", {"sliding_window": 600, "max_position_embeddings": 512}),
+    ],
+)
+def test_few_positions_and_wide_windows(name: str, options: dict[str, int]) -> None:
+    compile_model(build_toy(name, **options), "eager", dtype="float32")
+
+
+def test_a_tensor_that_decides_what_is_seen() -> None:
+    """Sparse attention: transformers makes its mask for its own implementations only."""
+    config = AutoConfig.for_model(
+        "minimax_m3_vl_text",
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=96,
+        vocab_size=128,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_block_size=2048,
+        index_topk_blocks=1,
+        index_local_blocks=0,
+        max_position_embeddings=4096,
+        layer_types=["minimax_m3_sparse", "full_attention"],
+    )
+    with pytest.raises(UnsupportedModelError, match=r"Attention calls attention with a tensor blo"):
+        capture(AutoModelForCausalLM.from_config(config).eval(), 512)

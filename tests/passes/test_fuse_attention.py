@@ -68,7 +68,8 @@ def captured(
     places = {n.meta.get("input"): n for n in gm.graph.find_nodes(op="placeholder")}
     places["x1"].meta["input"] = "position_ids"
     tensors["position_ids"] = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    gm.meta |= {"constants": tensors.__getitem__, "max_num_tokens": max_num_tokens}
+    gm.meta |= {"constants": tensors.__getitem__}
+    gm.meta |= {"max_num_tokens": max_num_tokens, "max_seq_len": max_num_tokens}
     return gm, tensors
 
 
