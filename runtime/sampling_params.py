@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 from inlay.errors import RequestError
 
@@ -83,88 +84,46 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Validate, and turn the lists into tuples that nobody can change afterwards."""
-        _require(
-            _is_real(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE,
-            "temperature",
-            f"a number from 0 (greedy) to {MAX_TEMPERATURE:g}",
-            self.temperature,
-        )
-        _require(
-            _is_real(self.top_p) and 0 < self.top_p <= 1,
-            "top_p",
-            "a number in (0, 1] (1 is off)",
-            self.top_p,
-        )
-        _require(
-            _is_int(self.top_k) and -1 <= self.top_k < 2**31,
-            "top_k",
-            "an integer in [1, 2**31), or 0 or -1 for off",
-            self.top_k,
-        )
-        for name, (is_allowed, text) in _NUMBERS.items():
+        for name, (kind, is_allowed, text) in _NUMBERS.items():
             value = getattr(self, name)
-            _require(_is_real(value) and is_allowed(float(value)), name, text, value)
-            object.__setattr__(self, name, float(value))
-        for name in ("no_repeat_ngram_size", "min_tokens"):
-            value = getattr(self, name)
-            _require(_is_int(value) and 0 <= value < 2**31, name, "an integer >= 0", value)
-            object.__setattr__(self, name, int(value))
+            if value is None and name in _OPTIONAL:
+                continue
+            is_kind = _is_int(value) if kind is int else _is_real(value)
+            _require(is_kind and is_allowed(value), name, text, value)
+            # numpy's scalars are welcome, but not to be met with later.
+            object.__setattr__(self, name, kind(value))
         _require(
-            self.max_tokens is None
-            or not _is_int(self.max_tokens)
-            or self.min_tokens <= self.max_tokens,
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
             "min_tokens",
             f"at most max_tokens ({self.max_tokens})",
             self.min_tokens,
         )
-        _require(
-            self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**64),
-            "seed",
-            "None or an integer in [0, 2**64)",
-            self.seed,
-        )
-        _require(
-            self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
-            "max_tokens",
-            "None or an integer >= 1",
-            self.max_tokens,
-        )
-        count = self.logprobs
-        _require(
-            count is None or (_is_int(count) and 0 <= count <= MAX_LOGPROBS),
-            "logprobs",
-            f"None or an integer from 0 to {MAX_LOGPROBS}",
-            self.logprobs,
-        )
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             _require(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
-        # numpy's scalars are welcome, but not to be met with later.
-        for name, kind in (("temperature", float), ("top_p", float), ("top_k", int)):
-            object.__setattr__(self, name, kind(getattr(self, name)))
-        for name in ("seed", "max_tokens", "logprobs"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, int(getattr(self, name)))
-        object.__setattr__(self, "stop", _as_strings("stop", self.stop))
-        object.__setattr__(
-            self, "stop_token_ids", _as_token_ids("stop_token_ids", self.stop_token_ids)
-        )
-        object.__setattr__(self, "logit_bias", _as_bias(self.logit_bias))
-        object.__setattr__(self, "bad_words", _as_strings("bad_words", self.bad_words))
-        if self.allowed_token_ids is not None:
-            allowed = _as_token_ids("allowed_token_ids", self.allowed_token_ids)
-            _require(
-                bool(allowed), "allowed_token_ids", "None or a list that is not empty", allowed
-            )
-            object.__setattr__(self, "allowed_token_ids", allowed)
-        words = self.bad_words_ids if self.bad_words_ids is not None else ()
+        for name, frozen in self._frozen().items():
+            object.__setattr__(self, name, frozen)
+
+    def _frozen(self) -> dict[str, Any]:
+        """The lists as tuples, checked."""
+        only, words = self.allowed_token_ids, self.bad_words_ids
+        if only is not None:
+            only = _as_token_ids("allowed_token_ids", only)
+            _require(bool(only), "allowed_token_ids", "None or a list that is not empty", only)
+        words = words if words is not None else ()
         _require(
             isinstance(words, list | tuple) and all(words),
             "bad_words_ids",
             "a list of lists of token ids, none of them empty",
             words,
         )
-        ids = tuple(_as_token_ids("bad_words_ids", word) for word in words)
-        object.__setattr__(self, "bad_words_ids", ids)
+        return {
+            "stop": _as_strings("stop", self.stop),
+            "stop_token_ids": _as_token_ids("stop_token_ids", self.stop_token_ids),
+            "logit_bias": _as_bias(self.logit_bias),
+            "allowed_token_ids": only,
+            "bad_words": _as_strings("bad_words", self.bad_words),
+            "bad_words_ids": tuple(_as_token_ids("bad_words_ids", word) for word in words),
+        }
 
     @property
     def has_penalties(self) -> bool:
@@ -198,13 +157,34 @@ class SamplingParams:
         return _as_strings("stop", self.stop)
 
 
-_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "min_p": (lambda x: 0 <= x <= 1, "a number in [0, 1] (0 is off)"),
-    "typical_p": (lambda x: 0 < x <= 1, "a number in (0, 1] (1 is off)"),
-    "repetition_penalty": (lambda x: 0 < x <= MAX_PENALTY, f"in (0, {MAX_PENALTY:g}] (1 is off)"),
-    "presence_penalty": (lambda x: -2 <= x <= 2, "a number in [-2, 2] (0 is off)"),
-    "frequency_penalty": (lambda x: -2 <= x <= 2, "a number in [-2, 2] (0 is off)"),
+_NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "temperature": (
+        float,
+        lambda x: 0 <= x <= MAX_TEMPERATURE,
+        f"a number from 0 (greedy) to {MAX_TEMPERATURE:g}",
+    ),
+    "top_p": (float, lambda x: 0 < x <= 1, "a number in (0, 1] (1 is off)"),
+    "top_k": (int, lambda x: -1 <= x < 2**31, "an integer in [1, 2**31), or 0 or -1 for off"),
+    "min_p": (float, lambda x: 0 <= x <= 1, "a number in [0, 1] (0 is off)"),
+    "typical_p": (float, lambda x: 0 < x <= 1, "a number in (0, 1] (1 is off)"),
+    "repetition_penalty": (
+        float,
+        lambda x: 0 < x <= MAX_PENALTY,
+        f"a number in (0, {MAX_PENALTY:g}] (1 is off)",
+    ),
+    "presence_penalty": (float, lambda x: -2 <= x <= 2, "a number in [-2, 2] (0 is off)"),
+    "frequency_penalty": (float, lambda x: -2 <= x <= 2, "a number in [-2, 2] (0 is off)"),
+    "no_repeat_ngram_size": (int, lambda x: 0 <= x < 2**31, "an integer >= 0"),
+    "seed": (int, lambda x: 0 <= x < 2**64, "None or an integer in [0, 2**64)"),
+    "min_tokens": (int, lambda x: 0 <= x < 2**31, "an integer >= 0"),
+    "max_tokens": (int, lambda x: x >= 1, "None or an integer >= 1"),
+    "logprobs": (
+        int,
+        lambda x: 0 <= x <= MAX_LOGPROBS,
+        f"None or an integer from 0 to {MAX_LOGPROBS}",
+    ),
 }
+_OPTIONAL = ("seed", "max_tokens", "logprobs")
 
 
 def _as_strings(name: str, given: str | Sequence[str] | None) -> tuple[str, ...]:
