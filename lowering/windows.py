@@ -67,7 +67,7 @@ def narrowed(config: PreTrainedConfig, longest: int) -> tuple[PreTrainedConfig, 
     copied = copy.deepcopy(config)
     sizes: dict[int, int] = {}
     for part in {id(one): one for one in (copied, copied.get_text_config())}.values():
-        for name, number in vars(part).items():
+        for name, number in list(vars(part).items()):
             counts_tokens = re.search("window|chunk|local_att", name) and "layer" not in name
             if counts_tokens and type(number) is int and number >= SMALLEST:
                 if number // 2 >= longest:

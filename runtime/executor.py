@@ -60,7 +60,10 @@ class Executor:
         for name, ids in params.named_token_ids.items():
             check_vocabulary(name, ids, limits.vocab_size)
         if params.bad_words:
-            raise RequestError("bad_words are text, which an executor does not know: bad_words_ids")
+            raise RequestError(
+                f"bad_words are text and must be token ids here, given {params.bad_words!r}: give "
+                "bad_words_ids, or use LLM, which has a tokenizer"
+            )
         total = self._max_total_tokens(len(token_ids), params)
         needed = self.kv_cache.num_blocks_for(total)
         if needed > self.kv_cache.num_blocks:

@@ -36,7 +36,8 @@ class SamplingParams:
     min_p: keep tokens at least this many times as likely as the likeliest, in [0, 1]; 0 is off.
         It comes before top_k.
     typical_p: keep the tokens whose information is nearest to the distribution's entropy until
-        their probability reaches this, in (0, 1]; 1 is off (Meister et al., 2022). It comes last.
+        their probability reaches this, in (0, 1]; 1 is off (Meister et al., 2022). It
+        comes after min_p and before top_k.
     repetition_penalty: logits of tokens in prompt or output are divided by this where positive and
         multiplied where negative; 1 is off (Keskar et al., 2019).
     presence_penalty: taken from the logits of tokens that are in the output; 0 is off.

@@ -78,5 +78,7 @@ def test_what_a_generation_config_asks_for_in_vain(caplog: pytest.LogCaptureFixt
     params = default_sampling(FakeEngine(generation_config=given))
     assert params.repetition_penalty == 1.3
     assert "not applied: {'num_beams': 4}" in caplog.text
+    params = default_sampling(FakeEngine(generation_config={"min_new_tokens": 40}))
+    assert (params.min_tokens, params.max_tokens) == (40, 40)
     with pytest.raises(OptionError, match=r"generation_config\.json is wrong: .*temperature"):
         default_sampling(FakeEngine(generation_config={"temperature": -3}))

@@ -118,6 +118,10 @@ def default_sampling(engine: EngineLike) -> SamplingParams:
     given = {ours: config[name] for name, ours in APPLIED.items() if config.get(name) is not None}
     if config.get("do_sample") is False:
         given["temperature"] = 0.0
+    # A minimum without a maximum is no mistake of the model's: our default maximum gives way.
+    least, most = given.get("min_tokens"), SamplingParams.max_tokens
+    if "max_tokens" not in given and isinstance(least, int) and most is not None:
+        given["max_tokens"] = max(least, most)
     if unused := {
         n: v for n, v in config.items() if n in NOT_APPLIED and v not in (None, NOT_APPLIED[n])
     }:

@@ -41,8 +41,7 @@ def random_source(
             config, dtype=wanted, trust_remote_code=trust_remote_code
         )
     except ValueError as error:
-        what = str(error).splitlines()[0]
-        raise UnsupportedModelError(f"model {name!r} cannot be built: {what}") from error
+        raise UnsupportedModelError(f"model {name!r} cannot be built: {_said(error)}") from error
     except Exception as error:  # a config's wrong value may raise anything in transformers
         raise ModelLoadError(
             f"model {name!r} cannot be built from its config: {type(error).__name__}: {error}"
@@ -60,8 +59,13 @@ def _config(name: str, trust_remote_code: bool) -> PretrainedConfig:
         raise ModelLoadError(
             f"model {name!r} has no config that can be read; give a directory, a config.json, a "
             "hub id, or a model type that transformers knows (llama, qwen3, ...). transformers "
-            f"says: {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"says: {type(error).__name__}: {_said(error)}"
         ) from error
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error's text, which may be empty."""
+    return next(iter(str(error).splitlines()), "no message")
 
 
 def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
