@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["length", "stop", "abort"]
+FinishReason = Literal["length", "stop", "abort", "timeout", "error"]
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,20 @@ class Logprob:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one executor step gave one request.
+    """What one executor step gave one sequence of a request.
 
-    token_ids: the newly sampled tokens; a token that ends the request is among them.
-    finish_reason: None while the request goes on.
+    index: which of the request's sequences, 0 to best_of - 1 (or beam_width - 1).
+    token_ids: the newly sampled tokens; a token that ends the sequence is among them. Of beams
+        all tokens come at once, at the end.
+    finish_reason: None while the sequence goes on.
     stop_reason: the entry of stop_token_ids that was sampled; None for end of sequence.
-    error: why the step failed; the request is over, its blocks are free.
+    error: why the request failed (finish_reason "error"); it is over, its blocks are free.
     logprobs: for each of token_ids, where the request asked for them.
+    cumulative_logprob: of the whole sequence so far, where the executor knows it (beams, best_of).
+    prompt_logprobs: for prompt tokens in order, the first None, as chunks of the prompt are run.
+    embedding: pooled hidden state, of a request that asked for one.
+    num_cached_tokens: prompt tokens that came out of the prefix cache; with the first output.
+    scheduled_time: when the request first ran, on the clock of time.perf_counter().
     """
 
     request_id: str
@@ -35,10 +42,16 @@ class StepOutput:
     stop_reason: int | None = None
     error: BaseException | None = None
     logprobs: tuple[dict[int, Logprob], ...] = ()
+    index: int = 0
+    cumulative_logprob: float | None = None
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] = ()
+    embedding: tuple[float, ...] | None = None
+    num_cached_tokens: int = 0
+    scheduled_time: float | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether this is the request's last output."""
+        """Whether this is the sequence's last output."""
         return self.finish_reason is not None or self.error is not None
 
 
@@ -47,8 +60,30 @@ class RequestMetrics:
     """When things happened, in seconds on the clock of time.perf_counter()."""
 
     arrival_time: float
+    scheduled_time: float | None = None
     first_token_time: float | None = None
     finish_time: float | None = None
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+
+    @property
+    def queue_time(self) -> float | None:
+        """Arrival to the first step that runs it, in seconds."""
+        return None if self.scheduled_time is None else self.scheduled_time - self.arrival_time
+
+    @property
+    def prefill_time(self) -> float | None:
+        """The first step that runs it to its first token, in seconds."""
+        if self.first_token_time is None or self.scheduled_time is None:
+            return None
+        return self.first_token_time - self.scheduled_time
+
+    @property
+    def mean_itl(self) -> float | None:
+        """Mean inter-token latency behind the first token, in seconds."""
+        if self.finish_time is None or self.first_token_time is None or self.num_output_tokens < 2:
+            return None
+        return (self.finish_time - self.first_token_time) / (self.num_output_tokens - 1)
 
     @property
     def ttft(self) -> float | None:

@@ -2,14 +2,73 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from numbers import Integral
+from typing import Literal
 
 from inlay.errors import RequestError
 from inlay.runtime.outputs import FinishReason
 from inlay.runtime.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOptions:
+    """What a request asks of the runtime rather than of the model.
+
+    priority: lower runs first (as in vLLM), in [-2**31, 2**31).
+    timeout: seconds from arrival after which it ends with finish_reason "timeout"; None is never.
+    cache_salt: requests share cached prefixes only with those of the same salt.
+    cache_priority: cached blocks of higher ones are evicted later, 0 to 100.
+    pooling: None generates; "last", "mean" or "cls" give the pooled hidden state instead.
+    normalize: whether an embedding is divided by its length.
+    """
+
+    priority: int = 0
+    timeout: float | None = None
+    cache_salt: str | None = None
+    cache_priority: int = 0
+    pooling: Literal["last", "mean", "cls"] | None = None
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises RequestError where a value is not allowed."""
+        is_int = isinstance(self.priority, int) and not isinstance(self.priority, bool)
+        _require(is_int and -(2**31) <= self.priority < 2**31, self, "priority", "an integer")
+        is_number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
+        good = self.timeout is None or (is_number and 0 < self.timeout < math.inf)
+        _require(good, self, "timeout", "None or seconds > 0")
+        good = self.cache_salt is None or isinstance(self.cache_salt, str)
+        _require(good, self, "cache_salt", "None or a string")
+        is_int = isinstance(self.cache_priority, int) and not isinstance(self.cache_priority, bool)
+        good = is_int and 0 <= self.cache_priority <= 100
+        _require(good, self, "cache_priority", "an integer from 0 to 100")
+        good = self.pooling in (None, "last", "mean", "cls")
+        _require(good, self, "pooling", 'None, "last", "mean" or "cls"')
+        _require(isinstance(self.normalize, bool), self, "normalize", "a bool")
+
+
+def _require(good: bool, options: RequestOptions, name: str, allowed: str) -> None:
+    if not good:
+        raise RequestError(f"{name} must be {allowed}; given {getattr(options, name)!r}")
+
+
+@dataclass(frozen=True)
+class NewRequest:
+    """A request on its way to the executor: checked, in plain data.
+
+    token_ids: the prompt, as `Admission.check` gave it back.
+    arrival_time: on the clock of time.perf_counter().
+    """
+
+    request_id: str
+    token_ids: list[int]
+    params: SamplingParams
+    options: RequestOptions = RequestOptions()
+    arrival_time: float = field(default_factory=time.perf_counter)
 
 
 class RequestState(Enum):

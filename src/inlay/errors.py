@@ -36,3 +36,7 @@ class RequestError(InlayError, ValueError):
 
 class ModelLoadError(InlayError):
     """A checkpoint cannot be found, reached or read."""
+
+
+class EngineError(InlayError):
+    """The engine's process is gone, closed, or cannot take more; the message says why."""
