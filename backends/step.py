@@ -29,12 +29,19 @@ class StepRequest:
     block_tables: for each KV group the blocks that hold (or will hold) this request's cache.
     needs_logits: whether the logits after the last new token are wanted (no for a prompt chunk
         that is not the last).
+    all_logits: whether those after every new token are.
     """
 
     token_ids: Sequence[int]
     num_computed_tokens: int
     block_tables: Sequence[Sequence[int]] | np.ndarray
     needs_logits: bool = True
+    all_logits: bool = False
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits that it wants, the last ones of its tokens."""
+        return len(self.token_ids) if self.all_logits else int(self.needs_logits)
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,8 @@ def build_step(
     seq_lens[: len(requests)] = computed + counts
     query_start_loc = np.full(size_b + 1, real_tokens, dtype=np.int32)
     query_start_loc[: len(requests) + 1] = starts
-    last = starts[1:] - 1
-    wanted = last[np.array([r.needs_logits for r in requests], dtype=bool)]
+    rows = np.array([r.num_logits for r in requests])
+    wanted = np.arange(rows.sum()) + np.repeat(starts[1:] - np.cumsum(rows), rows)
     size_r = max(num_logits or len(wanted), len(wanted), SMALLEST)
     logits_indices = np.zeros(size_r, dtype=np.int64)
     logits_indices[: len(wanted)] = wanted

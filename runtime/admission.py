@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from inlay.backends.base import ModelLimits
 from inlay.errors import RequestError
+from inlay.runtime.processors import check_processors
 from inlay.runtime.request import RequestOptions, check_prompt, check_vocabulary
 from inlay.runtime.sampling_params import SamplingParams
 
@@ -33,7 +34,21 @@ class Admission:
     ) -> list[int]:
         """The prompt as ints; RequestError, naming the fault, where the request can never run."""
         limits = self.limits
-        token_ids = check_prompt(prompt_token_ids, limits.vocab_size, limits.max_seq_len)
+        options = options or RequestOptions()
+        if self.is_encoder and options.pooling is None:
+            raise RequestError(
+                "this model is an encoder: it gives hidden states and generates nothing; use "
+                "embed(), or give RequestOptions(pooling=...)"
+            )
+        room = limits.max_seq_len + (options.pooling is not None)
+        token_ids = check_prompt(prompt_token_ids, limits.vocab_size, room)
+        if self.is_encoder and len(token_ids) > limits.max_num_tokens:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens; an encoder's prompts are run whole, and "
+                f"max_num_tokens is {limits.max_num_tokens}: shorten it, or build the engine with "
+                "a larger max_num_tokens"
+            )
+        check_processors(params, self.in_process)
         limits.refuse_padding(token_ids)
         for name, ids in params.named_token_ids.items():
             check_vocabulary(name, ids, limits.vocab_size)
@@ -42,22 +57,38 @@ class Admission:
                 f"bad_words are text and must be token ids here, given {params.bad_words!r}: give "
                 "bad_words_ids, or use LLM, which has a tokenizer"
             )
-        self._check_room(len(token_ids), params)
+        self._check_room(len(token_ids), params, options)
         return token_ids
 
-    def max_total_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+    def max_total_tokens(
+        self, num_prompt_tokens: int, params: SamplingParams, options: RequestOptions
+    ) -> int:
         """Prompt and output of one sequence together, at most."""
+        if options.pooling is not None:
+            return num_prompt_tokens
         if params.max_tokens is None:
             return self.limits.max_seq_len
         return min(num_prompt_tokens + params.max_tokens, self.limits.max_seq_len)
 
-    def _check_room(self, num_prompt_tokens: int, params: SamplingParams) -> None:
-        total = self.max_total_tokens(num_prompt_tokens, params)
-        block_size = self.limits.block_size
-        needed, has = -(-total // block_size), self.kv_cache_tokens // block_size
-        if needed > has:
+    def _check_room(
+        self, num_prompt_tokens: int, params: SamplingParams, options: RequestOptions
+    ) -> None:
+        count = params.num_sequences if options.pooling is None else 1
+        if count > self.limits.max_num_seqs:
             raise RequestError(
-                f"the request may grow to {total} tokens ({num_prompt_tokens} of prompt), {needed}"
-                f" blocks of the KV cache, which has {has} blocks ({self.kv_cache_tokens} tokens):"
+                f"the request has {count} sequences (n, best_of or beams), which run at once; "
+                f"max_num_seqs is {self.limits.max_num_seqs}: ask for fewer, or build the engine "
+                "with a larger max_num_seqs"
+            )
+        total = self.max_total_tokens(num_prompt_tokens, params, options)
+        block_size = self.limits.block_size
+        each, shared = -(-total // block_size), num_prompt_tokens // block_size
+        needed, has = each + (count - 1) * (each - shared), self.kv_cache_tokens // block_size
+        if needed > has:
+            of_all = "" if count == 1 else f" in each of {count} sequences"
+            raise RequestError(
+                f"the request may grow to {total} tokens ({num_prompt_tokens} of prompt){of_all},"
+                f" {needed} blocks of the KV cache, which has {has} blocks"
+                f" ({self.kv_cache_tokens} tokens):"
                 " lower max_tokens, or raise kv_cache_tokens or kv_cache_memory"
             )

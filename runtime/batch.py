@@ -1,4 +1,4 @@
-"""From scheduled requests to the tensors of a step, and to the rows that are sampled from."""
+"""From scheduled sequences to the tensors of a step, and to the rows that are sampled from."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from inlay.backends.base import ModelLimits
 from inlay.backends.step import StepInputs, StepRequest, build_step, ladder_up_to, round_up
 from inlay.runtime.kv_cache import KVCache
-from inlay.runtime.request import Request
+from inlay.runtime.request import UNKNOWN_TOKEN
 from inlay.runtime.scheduler import ScheduledRequest
 
-UNKNOWN_TOKEN = (0,)
-"""Stands for the token sampled last; the device puts the real one in its place."""
+MAX_PROMPT_LOGITS = 256
+"""Rows of logits for prompt tokens in a step: of large vocabularies each takes a megabyte."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StepSizes:
         return cls(
             tokens=ladder_up_to(limits.max_num_tokens),
             requests=ladder_up_to(limits.max_num_seqs, smallest=1),
-            logits=ladder_up_to(limits.max_num_seqs),
+            logits=ladder_up_to(max(limits.max_num_seqs, MAX_PROMPT_LOGITS)),
         )
 
 
@@ -40,62 +40,57 @@ class StepSizes:
 class Batch:
     """A step, ready to run.
 
-    sampled: the requests that get a token, in the order of the logits' rows.
-    slots, positions: int64, one for each of them: its slot, and the place of its next token.
+    rows: for each scheduled sequence its last row of logits, -1 where it has none.
+    newest: places in input_ids whose token only the device knows yet, and the slots that it is in.
     """
 
     step: StepInputs
-    sampled: list[Request]
-    slots: np.ndarray
-    positions: np.ndarray
+    rows: list[int]
+    newest: tuple[np.ndarray, np.ndarray]
+
+    def fill_in(self, step: StepInputs, last_tokens: torch.Tensor) -> None:
+        """Put tokens sampled last, int64 [slots], into the inputs that wait for them."""
+        places, slots = (torch.from_numpy(part).to(last_tokens.device) for part in self.newest)
+        if len(places):
+            step.input_ids[places] = last_tokens[slots]
 
 
-def prepare(
-    scheduled: Sequence[ScheduledRequest],
-    kv_cache: KVCache,
-    last_tokens: torch.Tensor,
-    sizes: StepSizes,
-) -> Batch:
-    """Build a step's tensors on the device of last_tokens.
+def prepare(items: Sequence[ScheduledRequest], kv_cache: KVCache, sizes: StepSizes) -> Batch:
+    """Build a step's tensors on the host.
 
-    last_tokens: int64 [slots], the token sampled last in each slot. Decoding requests take their
-    input from it, so that the host need not have seen a token before the next step is launched.
+    The input of a sequence whose newest token is still being sampled is taken on the device, so
+    that the host need not have seen a token before the next step is launched.
     """
-    sampled = [item.request for item in scheduled if item.needs_logits]
+    requests = [_step_request(item, kv_cache) for item in items]
+    counts = np.array([request.num_logits for request in requests])
+    rows = np.where(counts > 0, np.cumsum(counts) - 1, -1).tolist()
     step = build_step(
-        [_step_request(item, kv_cache) for item in scheduled],
+        requests,
         kv_cache.block_size,
-        num_tokens=round_up(sum(item.num_tokens for item in scheduled), sizes.tokens),
-        num_requests=round_up(len(scheduled), sizes.requests),
-        num_logits=round_up(len(sampled), sizes.logits),
+        num_tokens=round_up(sum(item.num_tokens for item in items), sizes.tokens),
+        num_requests=round_up(len(items), sizes.requests),
+        num_logits=round_up(int(counts.sum()), sizes.logits),
     )
-    step = step.to(last_tokens.device)
-    _gather_last_tokens(step, scheduled, last_tokens)
-    return Batch(
-        step=step,
-        sampled=sampled,
-        slots=np.array([request.slot for request in sampled], dtype=np.int64),
-        positions=np.array([len(request.token_ids) for request in sampled], dtype=np.int64),
-    )
+    waiting = [row for row, item in enumerate(items) if _newest(item) == UNKNOWN_TOKEN]
+    places = step.query_start_loc.numpy()[1:][waiting].astype(np.int64) - 1
+    slots = np.array([items[row].request.slot for row in waiting], dtype=np.int64)
+    return Batch(step, rows, (places, slots))
 
 
-def _gather_last_tokens(
-    step: StepInputs, scheduled: Sequence[ScheduledRequest], last_tokens: torch.Tensor
-) -> None:
-    """Put the token sampled last into the input of each decoding request."""
-    rows = [row for row, item in enumerate(scheduled) if item.request.is_decoding]
-    if rows:
-        slots = torch.tensor([scheduled[row].request.slot for row in rows])
-        where = step.query_start_loc[torch.tensor(rows).to(last_tokens.device)]
-        step.input_ids[where.long()] = last_tokens[slots.to(last_tokens.device)]
+def _newest(item: ScheduledRequest) -> int:
+    return item.request.token_ids[item.end - 1]
 
 
 def _step_request(item: ScheduledRequest, kv_cache: KVCache) -> StepRequest:
-    request, start = item.request, item.request.num_computed_tokens
-    end = start + item.num_tokens
+    request = item.request
+    tokens = request.token_ids[item.start : item.end]
+    if tokens[-1] == UNKNOWN_TOKEN:
+        tokens[-1] = 0
     return StepRequest(
-        token_ids=UNKNOWN_TOKEN if request.is_decoding else request.token_ids[start:end],
-        num_computed_tokens=start,
-        block_tables=kv_cache.table(request.slot, end),
+        token_ids=tokens,
+        num_computed_tokens=item.start,
+        block_tables=kv_cache.table(request.slot, item.end),
         needs_logits=item.needs_logits,
+        all_logits=item.all_logits,
     )
+

@@ -1,25 +1,67 @@
-"""The loop that every backend shares: schedule, prepare, run, sample, hand out."""
+"""The loop that every backend shares: schedule, prepare, launch, read, hand out.
+
+With overlap a step is launched before the results of the one before it are read: what the host does
+then costs the device no time. Whatever touches a tensor is in `_run`, which the launcher calls in
+order and perhaps elsewhere; whatever touches a request is outside of it.
+"""
 
 from __future__ import annotations
 
+import heapq
 import secrets
+import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from inlay.backends.base import LoadedModel
-from inlay.errors import RequestError
-from inlay.runtime.batch import Batch, StepSizes, prepare
+from inlay.errors import InlayError, RequestError
+from inlay.runtime.admission import Admission
+from inlay.runtime.batch import MAX_PROMPT_LOGITS, StepSizes, prepare
+from inlay.runtime.beams import Beams
+from inlay.runtime.block_copies import BlockCopier
+from inlay.runtime.block_pool import block_names
 from inlay.runtime.config import ExecutorConfig
-from inlay.runtime.kv_cache import KVCache
-from inlay.runtime.logits import LogitsProcessor
-from inlay.runtime.logprobs import top_logprobs
-from inlay.runtime.memory import num_kv_blocks
-from inlay.runtime.outputs import Logprob, StepOutput
-from inlay.runtime.request import Request, RequestState, check_prompt, check_vocabulary
-from inlay.runtime.sampler import NO_TOKEN, Sampler
-from inlay.runtime.sampling_params import SamplingParams
-from inlay.runtime.scheduler import ScheduledRequest, Scheduler
+from inlay.runtime.dispatch import Dispatcher
+from inlay.runtime.kv_cache import BlockCopy, KVCache
+from inlay.runtime.launcher import InlineLauncher, Launcher, Pending
+from inlay.runtime.memory import num_host_blocks, num_kv_blocks
+from inlay.runtime.outputs import StepOutput
+from inlay.runtime.pooling import Pooler
+from inlay.runtime.prompt_logprobs import PromptLogprobs
+from inlay.runtime.request import UNKNOWN_TOKEN, NewRequest, Request, RequestState, make_sequences
+from inlay.runtime.sampler import NO_TOKEN
+from inlay.runtime.sampling import SampledToken, SamplingStage
+from inlay.runtime.scheduler import Schedule, ScheduledRequest, Scheduler
+from inlay.runtime.stats import Stats
+from inlay.runtime.step_runner import Result, StepRunner, Work
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A sequence that a step samples a token for, in the place that it had then."""
+
+    request: Request
+    epoch: int
+
+    @property
+    def is_current(self) -> bool:
+        return self.request.state is RequestState.RUNNING and self.request.epoch == self.epoch
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step that is under way. beams: searches, each with as many rows of scores as it has live."""
+
+    items: list[ScheduledRequest]
+    rows: list[_Row]
+    beams: list[tuple[Beams, list[_Row]]]
+    work: Work
+    pending: Pending[Result]
+    begin: float
 
 
 class Executor:
@@ -29,184 +71,432 @@ class Executor:
     request when its text is complete. Not thread-safe.
     """
 
-    def __init__(self, model: LoadedModel, config: ExecutorConfig | None = None) -> None:
-        """Allocate the KV cache; OptionError where config asks for more than the model has."""
-        self.config = config or ExecutorConfig()
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: ExecutorConfig | None = None,
+        launcher: Launcher | None = None,
+    ) -> None:
+        """Allocate the KV cache; OptionError where config asks for more than the model has.
+
+        launcher: runs the device's part of each step; None runs it inline.
+        """
+        self.config = config = config or ExecutorConfig()
         self.model = model
-        self.limits = self.config.narrow(model.limits)
-        num_blocks = num_kv_blocks(self.config, self.limits, model.kv_groups, model.device)
-        model.allocate_kv_cache(num_blocks)
-        max_num_seqs, max_seq_len = self.limits.max_num_seqs, self.limits.max_seq_len
-        self.kv_cache = KVCache(
-            len(model.kv_groups), num_blocks, self.limits.block_size, max_num_seqs, max_seq_len
+        self.limits = limits = config.narrow(model.limits)
+        self.stats = Stats.logging_to(config.iteration_log)
+        self._launcher = launcher or InlineLauncher()
+        on_cuda = model.device.type == "cuda"
+        self._depth = int(on_cuda if config.overlap is None else config.overlap)
+        self._allocate(on_cuda if config.cuda_graphs is None else config.cuda_graphs)
+        self.sampling = SamplingStage(
+            limits.max_num_seqs, limits.vocab_size, model.device, config.logits_processors
         )
-        self.scheduler = Scheduler(self.kv_cache, max_num_seqs, self.limits.max_num_tokens)
-        self.logits_processor = LogitsProcessor(max_num_seqs, self.limits.vocab_size, model.device)
-        self.sampler = Sampler(max_num_seqs, model.device)
-        self._sizes = StepSizes.within(self.limits)
-        self._requests: dict[str, Request] = {}
+        self._depth = 0 if self.sampling.needs_history else self._depth
+        copier = BlockCopier(model, [host.num_blocks for host in self.kv_cache.hosts])
+        self._runner = StepRunner(model, self.dispatcher, copier, self.sampling)
+        self.scheduler = Scheduler(
+            self.kv_cache,
+            limits,
+            max_logits=max(limits.max_num_seqs, MAX_PROMPT_LOGITS),
+            policy=config.scheduler_policy,
+            prefix_caching=config.enable_prefix_caching and not model.is_encoder,
+            whole_prompts=model.is_encoder,
+        )
+        self._sizes = StepSizes.within(limits)
+        self._sequences: dict[str, list[Request]] = {}
+        self._deadlines: list[tuple[float, int, str]] = []
+        self._in_flight: deque[_Launched] = deque()
         self._undelivered: list[StepOutput] = []
+        self._num_requests = 0
+
+    def _allocate(self, graphs: bool) -> None:
+        """The KV pool and the graphs; what graphs take is measured first, with a pool of nothing."""
+        model, limits, config = self.model, self.limits, self.config
+        groups = model.kv_groups_for(config.kv_cache_dtype)
+        width = -(-limits.max_seq_len // limits.block_size)
+        self.dispatcher = Dispatcher(model, limits.max_num_seqs, width)
+        graph_bytes = 0
+        if graphs and model.device.type == "cuda":
+            model.allocate_kv_cache(1, config.kv_cache_dtype)
+            graph_bytes = self.dispatcher.capture()
+            self.dispatcher.drop()
+        sizes = num_kv_blocks(config, limits, groups, model.device, graph_bytes)
+        host_sizes = num_host_blocks(config, groups)
+        model.allocate_kv_cache(sizes, config.kv_cache_dtype)
+        if graphs:
+            self.dispatcher.capture()
+        self.kv_cache = KVCache(
+            sizes,
+            [group.window for group in groups],
+            limits.block_size,
+            limits.max_num_seqs,
+            limits.max_seq_len,
+            num_host_blocks=host_sizes,
+            events=config.kv_events,
+        )
+        self.admission = Admission(
+            limits, max(sizes) * limits.block_size, model.is_encoder, config.batch_invariant
+        )
 
     @property
     def has_unfinished(self) -> bool:
         """Whether step() has anything left to run or to report."""
-        return self.scheduler.has_unfinished or bool(self._undelivered)
+        return self.scheduler.has_unfinished or bool(self._in_flight or self._undelivered)
 
-    def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> list[int]:
-        """The prompt as ints; RequestError, naming the fault, where the request cannot run."""
-        limits = self.limits
-        token_ids = check_prompt(prompt_token_ids, limits.vocab_size, limits.max_seq_len)
-        limits.refuse_padding(token_ids)
-        for name, ids in params.named_token_ids.items():
-            check_vocabulary(name, ids, limits.vocab_size)
-        if params.bad_words:
-            raise RequestError(
-                f"bad_words are text and must be token ids here, given {params.bad_words!r}: give "
-                "bad_words_ids, or use LLM, which has a tokenizer"
-            )
-        total = self._max_total_tokens(len(token_ids), params)
-        needed = self.kv_cache.num_blocks_for(total)
-        if needed > self.kv_cache.num_blocks:
-            raise RequestError(
-                f"the request may grow to {total} tokens ({len(token_ids)} of prompt), {needed}"
-                f" blocks of the KV cache, which has {self.kv_cache.num_blocks} blocks"
-                f" ({self.kv_cache.num_blocks * limits.block_size} tokens): lower max_tokens, or"
-                " raise kv_cache_tokens or kv_cache_memory"
-            )
-        return token_ids
-
-    def add_request(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams | None = None,
-    ) -> None:
+    def add_request(self, request: NewRequest) -> None:
         """Queue a request; RequestError, and nothing queued, where it cannot run."""
-        params = params or SamplingParams()
-        if request_id in self._requests:
-            raise RequestError(f"request id {request_id!r} is in use; give another one")
-        token_ids = self.check_request(prompt_token_ids, params)
-        request = Request(
-            request_id=request_id,
-            token_ids=token_ids,
-            params=params,
-            seed=secrets.randbits(64) if params.seed is None else int(params.seed),
-            stop_token_ids=self._stop_token_ids(params),
-            eos_token_ids=frozenset(() if params.ignore_eos else self.config.eos_token_ids),
-            max_total_tokens=self._max_total_tokens(len(token_ids), params),
+        name = request.request_id
+        if name in self._sequences:
+            raise RequestError(f"request id {name!r} is in use; give another one")
+        token_ids = self.admission.check(request.token_ids, request.params, request.options)
+        self._num_requests += 1
+        family = make_sequences(
+            request,
+            token_ids,
+            order=self._num_requests,
+            seed=secrets.randbits(64) if request.params.seed is None else request.params.seed,
+            eos_token_ids=self.config.eos_token_ids,
+            padding_token=self.limits.padding_token,
+            max_total_tokens=self.admission.max_total_tokens(
+                len(token_ids), request.params, request.options
+            ),
         )
-        self._requests[request_id] = request
-        self.scheduler.add(request)
+        if request.params.use_beam_search:
+            beams = Beams(list(family))
+            for one in family:
+                one.beams = beams
+        self._sequences[name] = family
+        if request.options.timeout is not None:
+            deadline = request.arrival_time + request.options.timeout
+            heapq.heappush(self._deadlines, (deadline, family[0].order, name))
+        self.stats.counters.num_prompt_tokens += len(token_ids)
+        self.scheduler.add(family[0])
 
-    def abort(self, request_id: str) -> bool:
-        """End a request in any state and free its blocks; False if it is not (or no more) here."""
-        request = self._requests.pop(request_id, None)
-        if request is not None:
-            self.scheduler.finish(request)
-        return request is not None
+    def abort(self, request_id: str, index: int | None = None) -> bool:
+        """End a request, or one of its sequences, in any state; False if it is not here (any more).
+
+        Its blocks are free at once: what is under way on the device comes before their next use.
+        """
+        family = self._sequences.get(request_id, [])
+        chosen = [one for one in family if index is None or one.index == index]
+        for request in chosen:
+            self._end(request)
+        return bool(chosen)
 
     def step(self) -> list[StepOutput]:
-        """Run one step; what it gave each request that got a token, finished or failed.
+        """Run one step; what it gave each sequence that got a token, finished or failed.
 
-        An exception of the model ends the step's requests and is in their outputs' `error`. One
+        An exception on the way ends the requests of that step and is in their outputs' `error`. One
         that is no Exception (KeyboardInterrupt) is raised, and the outputs come with the next step.
         """
         outputs, self._undelivered = self._undelivered, []
-        scheduled = self._schedule()
-        if scheduled:
-            try:
-                batch = prepare(scheduled, self.kv_cache, self.sampler.last_tokens, self._sizes)
-                logits = self.model.forward(batch.step)
-                token_ids = self._sample(batch, logits)
-                logprobs = self._logprobs(batch, logits, token_ids)
-                outputs += self._advance(scheduled, batch.sampled, token_ids, logprobs)
-            except BaseException as error:
-                outputs += self._fail(scheduled, error)
-                if not isinstance(error, Exception):
-                    self._undelivered = outputs
-                    raise
+        outputs += self._expire()
+        try:
+            launched = self._launch(outputs)
+            while len(self._in_flight) > (self._depth if launched else 0):
+                outputs += self._collect(self._in_flight.popleft())
+        except BaseException:
+            self._undelivered = outputs
+            raise
         if self.config.debug:
             self.scheduler.check()
         return outputs
 
-    def _schedule(self) -> list[ScheduledRequest]:
-        scheduled, admitted = self.scheduler.schedule()
-        for request in admitted:
-            self.logits_processor.set_slot(request.slot, request)
-            self.sampler.set_slot(request.slot, request.params, request.seed)
-        return scheduled
+    def get_stats(self) -> dict[str, Any]:
+        """Counters since the beginning, and how full everything is now; times in seconds."""
+        cache, counters = self.kv_cache, self.stats.counters
+        total = sum(pool.num_blocks for pool in cache.pools)
+        return {
+            "num_running": len(self.scheduler.running),
+            "num_waiting": len(self.scheduler.waiting),
+            "kv_cache_usage": cache.num_used_blocks / total,
+            "num_cached_blocks": sum(pool.num_cached for pool in cache.pools),
+            "num_host_blocks": sum(map(len, cache.hosts)),
+            "prefix_hit_rate": counters.num_cached_tokens / max(counters.num_prompt_tokens, 1),
+            "num_graph_steps": self.dispatcher.num_replayed,
+            **self.stats.summary(),
+        }
 
-    def _sample(self, batch: Batch, logits: torch.Tensor) -> list[int]:
-        if not batch.sampled:
-            return []
-        processed = self.logits_processor.apply(logits, batch.slots)
-        tokens = self.sampler.sample(processed, batch.slots, batch.positions)
-        self.logits_processor.observe(batch.slots, tokens)
-        return tokens.tolist()
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached prefix, pinned ones too; requests that run go on."""
+        self.kv_cache.reset()
+        return True
 
-    def _logprobs(
-        self, batch: Batch, logits: torch.Tensor, token_ids: list[int]
-    ) -> dict[str, tuple[dict[int, Logprob], ...]]:
-        """Of the requests that asked for them, by request id."""
-        wanted = [request.params.logprobs for request in batch.sampled]
-        rows = [
-            row
-            for row, count in enumerate(wanted)
-            if count is not None and token_ids[row] != NO_TOKEN
+    def pin_prefix(self, token_ids: Sequence[int], cache_salt: str | None = None) -> int:
+        """Keep a prefix that has been run in the cache; how many of its tokens are (full blocks)."""
+        return self.kv_cache.pin(self._names(token_ids, cache_salt)) * self.limits.block_size
+
+    def unpin_prefix(self, token_ids: Sequence[int], cache_salt: str | None = None) -> int:
+        """Undo `pin_prefix`; how many tokens were kept."""
+        return self.kv_cache.unpin(self._names(token_ids, cache_salt)) * self.limits.block_size
+
+    def get_kv_events(self) -> list[dict[str, Any]]:
+        """Blocks stored, offloaded and removed since the last call; [] unless kv_events is on."""
+        return self.kv_cache.take_events()
+
+    def start_trace(self) -> None:
+        """Record the phases of each step from now on."""
+        self.stats.start_trace()
+
+    def stop_trace(self) -> dict[str, Any]:
+        """The trace, in the Chrome trace event format."""
+        return self.stats.stop_trace()
+
+    def shutdown(self) -> None:
+        """End everything that is under way."""
+        for name in list(self._sequences):
+            self.abort(name)
+        while self._in_flight:
+            self._collect(self._in_flight.popleft())
+        self._launcher.close()
+        self.stats.close()
+
+    # A step, in order.
+
+    def _launch(self, outputs: list[StepOutput]) -> bool:
+        """Schedule, prepare and launch a step; False where there is nothing to run."""
+        begin = time.perf_counter()
+        with self.stats.phase("schedule"):
+            schedule = self.scheduler.schedule()
+            copies = self.kv_cache.take_copies()
+        if not schedule.items:
+            return False
+        try:
+            with self.stats.phase("prepare"):
+                rows, beams, work = self._prepare(schedule, copies)
+            with self.stats.phase("launch"):
+                pending = self._launcher.launch(lambda: self._runner.run(work))
+        except BaseException as error:
+            outputs += self._fail(schedule.items, copies, error)
+            if not isinstance(error, Exception):
+                raise
+            return False
+        self._account(schedule, rows)
+        self._in_flight.append(_Launched(schedule.items, rows, beams, work, pending, begin))
+        return True
+
+    def _prepare(
+        self, schedule: Schedule, copies: Sequence[BlockCopy]
+    ) -> tuple[list[_Row], list[tuple[Beams, list[_Row]]], Work]:
+        batch = prepare(schedule.items, self.kv_cache, self._sizes)
+        rows: list[tuple[Request, int]] = []
+        new, searches = list(schedule.admitted), {}
+        for item, row in zip(schedule.items, batch.rows, strict=True):
+            request = item.request
+            if not item.needs_logits or request.options.pooling is not None:
+                continue
+            if request.beams is not None:
+                searches.setdefault(request.beams, []).append((request, row))
+                continue
+            rows += [(one, row) for one in (request, *request.siblings)]
+            new += request.siblings
+        scored = [pair for pairs in searches.values() for pair in pairs]
+        now = time.perf_counter()
+        for request in schedule.admitted:
+            request.scheduled_time = request.scheduled_time or now
+        work = Work(
+            batch,
+            copies,
+            self.sampling.plan(rows, new),
+            # Beams change places after each step, and so does what their slots hold.
+            self.sampling.plan(scored, [request for request, _ in scored]) if scored else None,
+            PromptLogprobs.of(schedule.items, batch.rows),
+            Pooler.of(schedule.items, batch.step),
+        )
+        beams = [
+            (group, [_Row(request, request.epoch) for request, _ in pairs])
+            for group, pairs in searches.items()
         ]
-        if not rows:
-            return {}
-        index = torch.tensor(rows).to(logits.device)
-        counts = [wanted[row] or 0 for row in rows]
-        found = top_logprobs(logits[index], [token_ids[row] for row in rows], counts)
-        names = [batch.sampled[row].request_id for row in rows]
-        return {name: (one,) for name, one in zip(names, found, strict=True)}
+        return [_Row(request, request.epoch) for request, _ in rows], beams, work
 
-    def _advance(
-        self,
-        scheduled: list[ScheduledRequest],
-        sampled: list[Request],
-        token_ids: list[int],
-        logprobs: dict[str, tuple[dict[int, Logprob], ...]],
-    ) -> list[StepOutput]:
-        """Account for what was run and sampled; ends requests that are complete."""
-        for item in scheduled:
-            item.request.num_computed_tokens += item.num_tokens
-        outputs = []
-        for request, token_id in zip(sampled, token_ids, strict=True):
-            if request.state is not RequestState.RUNNING:
-                continue
-            if token_id == NO_TOKEN:
-                self.abort(request.request_id)
-                outputs.append(StepOutput(request.request_id, error=_no_token(request)))
-                continue
-            reason, stop_reason = request.append(token_id)
-            if reason is not None:
-                self.abort(request.request_id)
-            name = request.request_id
-            mine = logprobs.get(name, ())
-            outputs.append(StepOutput(name, (token_id,), reason, stop_reason, logprobs=mine))
+    def _account(self, schedule: Schedule, rows: list[_Row]) -> None:
+        """What was launched counts as done for the next step's schedule."""
+        counters = self.stats.counters
+        counters.num_preemptions += schedule.num_preempted
+        for item in schedule.items:
+            request = item.request
+            is_decode = item.num_tokens == 1 and item.start >= request.num_prompt_tokens
+            counters.num_decode_tokens += is_decode
+            counters.num_prefill_tokens += 0 if is_decode else item.num_tokens
+            request.num_computed_tokens = item.end
+            if item.needs_logits and request.options.pooling is None:
+                request.token_ids.append(UNKNOWN_TOKEN)
+                request.num_pending += 1
+                if request.siblings and request.beams is None:
+                    self.scheduler.fork(request)
+        for request in schedule.admitted:
+            if not request.was_heard_of:
+                counters.num_cached_tokens += request.num_cached_tokens
+
+    def _collect(self, launched: _Launched) -> list[StepOutput]:
+        """Wait for a step's results and account for them; ends sequences that are complete."""
+        outputs: list[StepOutput] = []
+        try:
+            with self.stats.phase("wait"):
+                result = launched.pending.result()
+                tokens = self.sampling.read(result.sampled)
+            with self.stats.phase("output"):
+                for item in launched.items:
+                    if item.is_current:
+                        self.scheduler.commit(item.request, item.end)
+                outputs += self._prompt_outputs(launched, result)
+                for row, token in zip(launched.rows, tokens, strict=True):
+                    if row.is_current:
+                        outputs += self._accept(row.request, token)
+                outputs += self._advance_beams(launched, result)
+        except BaseException as error:
+            outputs += self._fail(launched.items, launched.work.copies, error)
+            if not isinstance(error, Exception):
+                self._undelivered += outputs
+                raise
+        self.stats.step(launched.begin, self._facts(launched))
         return outputs
 
-    def _fail(self, scheduled: list[ScheduledRequest], error: BaseException) -> list[StepOutput]:
-        """End all requests of a step that went wrong."""
-        ended = [item.request.request_id for item in scheduled]
-        return [StepOutput(name, error=error) for name in ended if self.abort(name)]
+    def _prompt_outputs(self, launched: _Launched, result: Result) -> list[StepOutput]:
+        """Log probabilities of prompts, and embeddings."""
+        outputs = []
+        for item, found in launched.work.prompt_logprobs.read(result.prompt_logprobs):
+            if item.is_current:
+                outputs.append(self._output(item.request, prompt_logprobs=found))
+        for item, embedding in launched.work.pooler.read(result.pooled):
+            if item.is_current:
+                self._end(item.request)
+                output = self._output(item.request, embedding=embedding, finish_reason="stop")
+                outputs.append(output)
+        return outputs
 
-    def _stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
-        """The request's own, and the token behind which a model's positions would be others."""
-        stops, padding = frozenset(params.stop_token_ids or ()), self.limits.padding_token
-        return stops if padding is None else stops | {padding}
+    def _accept(self, request: Request, token: SampledToken) -> list[StepOutput]:
+        """Take a sequence's next token."""
+        if token.token_id == NO_TOKEN:
+            return self._fail_request(request.request_id, token.error or _no_token(request))
+        reason, stop_reason = request.accept(token.token_id)
+        request.cumulative_logprob += token.logprob or 0.0
+        self.stats.counters.num_sampled_tokens += 1
+        output = self._output(
+            request,
+            token_ids=(token.token_id,),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            logprobs=() if token.logprobs is None else (token.logprobs,),
+            cumulative_logprob=None if token.logprob is None else request.cumulative_logprob,
+        )
+        if reason is not None:
+            self._end(request)
+        return [output]
 
-    def _max_total_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
-        if params.max_tokens is None:
-            return self.limits.max_seq_len
-        return min(num_prompt_tokens + params.max_tokens, self.limits.max_seq_len)
+    def _advance_beams(self, launched: _Launched, result: Result) -> list[StepOutput]:
+        """Let each search choose its next beams, and move their blocks and tokens with them."""
+        outputs, start = [], 0
+        for beams, rows in launched.beams:
+            end = start + len(rows)
+            if all(row.is_current for row in rows):
+                assert result.scores is not None
+                outputs += self._advance(beams, result.scores[start:end])
+            start = end
+        return outputs
+
+    def _advance(self, beams: Beams, scores: torch.Tensor) -> list[StepOutput]:
+        live, family = beams.live, beams.family
+        for request in live:
+            request.drop_pending()
+        choices = beams.search.advance(scores)
+        if choices is None:
+            found = beams.search.hypotheses()
+            for request in family:
+                self._end(request)
+            return [
+                self._output(
+                    family[index],
+                    token_ids=tuple(one.token_ids),
+                    finish_reason=one.finish_reason,
+                    stop_reason=one.stop_reason,
+                    cumulative_logprob=one.cumulative_logprob,
+                )
+                for index, one in enumerate(found)
+            ]
+        if live != family:
+            self.scheduler.fork(family[0])
+        parents = [parent for parent, _ in choices]
+        slots = [request.slot for request in family]
+        self.kv_cache.reorder(slots, parents, family[0].num_computed_tokens)
+        histories = [[*family[parent].token_ids, token] for parent, token in choices]
+        for request, history in zip(family, histories, strict=True):
+            request.token_ids = history
+        return []
+
+    # Ends.
+
+    def _output(self, request: Request, **fields: Any) -> StepOutput:
+        """An output of a sequence; its first one says when it came in, and with what cached."""
+        if not request.was_heard_of:
+            request.was_heard_of = True
+            fields["num_cached_tokens"] = request.num_cached_tokens
+            fields["scheduled_time"] = request.scheduled_time
+        return StepOutput(request.request_id, index=request.index, **fields)
+
+    def _end(self, request: Request) -> None:
+        """A sequence is over: what it holds is free."""
+        self.scheduler.finish(request)
+        family = self._sequences[request.request_id]
+        family.remove(request)
+        if not family:
+            del self._sequences[request.request_id]
+            self.stats.counters.num_finished += 1
+
+    def _fail_request(self, request_id: str, error: BaseException) -> list[StepOutput]:
+        if not self.abort(request_id):
+            return []
+        self.stats.counters.num_failed += 1
+        return [StepOutput(request_id, finish_reason="error", error=error)]
+
+    def _fail(
+        self, items: Sequence[ScheduledRequest], copies: Sequence[BlockCopy], error: BaseException
+    ) -> list[StepOutput]:
+        """End all requests of a step that went wrong.
+
+        Its copies may not have been made. Requests of a later step may have been launched upon
+        them; those are computed again.
+        """
+        self.kv_cache.discard(copies)
+        names = dict.fromkeys(item.request.request_id for item in items if item.is_current)
+        outputs = [output for name in names for output in self._fail_request(name, error)]
+        if any(copy.kind == "onboard" for copy in copies):
+            for launched in self._in_flight:
+                for item in launched.items:
+                    if item.is_current:
+                        self.scheduler.preempt(item.request)
+        return outputs
+
+    def _expire(self) -> list[StepOutput]:
+        """End requests whose time is up."""
+        outputs, now = [], time.perf_counter()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, order, name = heapq.heappop(self._deadlines)
+            for request in list(self._sequences.get(name, ())):
+                if request.order != order:  # another one, which has the id by now
+                    continue
+                self._end(request)
+                outputs.append(self._output(request, finish_reason="timeout"))
+        return outputs
+
+    def _names(self, token_ids: Sequence[int], cache_salt: str | None) -> list[bytes]:
+        """Hashes of a prefix's full blocks."""
+        return block_names([], token_ids, self.limits.block_size, cache_salt)
+
+    def _facts(self, launched: _Launched) -> dict[str, Any]:
+        return {
+            "num_requests": len(launched.items),
+            "num_tokens": sum(item.num_tokens for item in launched.items),
+            "num_running": len(self.scheduler.running),
+            "num_waiting": len(self.scheduler.waiting),
+            "num_used_blocks": self.kv_cache.num_used_blocks,
+        }
 
 
-def _no_token(request: Request) -> RequestError:
+def _no_token(request: Request) -> InlayError:
     return RequestError(
         f"request {request.request_id!r} has no token to choose from after "
-        f"{len(request.token_ids)}: its logits are NaN, or allowed_token_ids, bad_words, "
+        f"{request.num_known_tokens}: its logits are NaN, or allowed_token_ids, bad_words, "
         "no_repeat_ngram_size and min_tokens together leave none; loosen those"
     )

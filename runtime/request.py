@@ -8,11 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from numbers import Integral
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from inlay.errors import RequestError
+from inlay.runtime.block_pool import BlockHash, block_names
 from inlay.runtime.outputs import FinishReason
 from inlay.runtime.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    import torch
+
+    from inlay.runtime.beams import Beams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,22 +77,38 @@ class NewRequest:
     arrival_time: float = field(default_factory=time.perf_counter)
 
 
+UNKNOWN_TOKEN = -1
+"""Stands in token_ids for a token that was sampled, and that the host has not read yet."""
+
+
 class RequestState(Enum):
-    """WAITING holds nothing; RUNNING holds a slot and blocks; FINISHED gave them back."""
+    """WAITING and UNFORKED hold nothing; RUNNING holds a slot and blocks; FINISHED gave them back.
+
+    UNFORKED: one of several sequences, whose prompt another one runs.
+    """
 
     WAITING = auto()
+    UNFORKED = auto()
     RUNNING = auto()
     FINISHED = auto()
 
 
 @dataclass(eq=False)
 class Request:
-    """One request, from arrival to finish.
+    """One sequence, from arrival to finish; a request of n > 1 has several.
 
-    token_ids: the prompt and what was sampled so far.
+    token_ids: the prompt and what was sampled so far, UNKNOWN_TOKEN where that is under way.
     max_total_tokens: prompt and output together never exceed this.
-    num_computed_tokens: how many of token_ids are in the KV cache.
+    index: which of its request's sequences.
+    siblings: sequences that will be forked off when the prompt has been run.
+    beams: the search that this sequence is a beam of.
+    order: a number that grows with arrival.
+    num_computed_tokens: how many of token_ids are in the KV cache, or will be after the steps that
+        are under way.
+    num_pending: tokens that are being sampled.
+    epoch: goes up when the sequence loses its place, so that late results are known as such.
     slot: its place in the block tables and the sampler's tensors while it runs, else -1.
+    block_names, num_committed: hashes of its full blocks, and how many of those others may use.
     """
 
     request_id: str
@@ -96,14 +118,41 @@ class Request:
     stop_token_ids: frozenset[int]
     eos_token_ids: frozenset[int]
     max_total_tokens: int
+    options: RequestOptions = RequestOptions()
+    arrival_time: float = 0.0
+    index: int = 0
+    siblings: list[Request] = field(default_factory=list)
+    beams: Beams | None = None
+    order: int = 0
     num_computed_tokens: int = 0
+    num_pending: int = 0
+    epoch: int = 0
     slot: int = -1
     state: RequestState = RequestState.WAITING
+    block_names: list[BlockHash] = field(default_factory=list)
+    num_committed: int = 0
+    num_cached_tokens: int = 0
+    num_prompt_logprobs: int = 0
+    cumulative_logprob: float = 0.0
+    pooled: torch.Tensor | None = None
+    waiting_since: int = 0
+    scheduled_time: float | None = None
+    was_heard_of: bool = False
     num_prompt_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         """Remember where the prompt ends."""
         self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Whose turn comes first: the lowest."""
+        return self.options.priority, self.order
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens that the host has read."""
+        return len(self.token_ids) - self.num_pending
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -126,14 +175,95 @@ class Request:
             or any(len(word) > 1 for word in params.bad_words_ids or ())
         )
 
-    def append(self, token_id: int) -> tuple[FinishReason | None, int | None]:
-        """Take a sampled token; returns why this ends the request (or None), and the stop id."""
-        self.token_ids.append(token_id)
+    @property
+    def can_run(self) -> bool:
+        """Whether there is something to run that does not wait for a result."""
+        if self.num_pending and (self.needs_history or self.beams is not None):
+            return False
+        if self.num_uncomputed_tokens == 0:
+            return False
+        return self.options.pooling is not None or len(self.token_ids) < self.max_total_tokens
+
+    @property
+    def wants_all_rows(self) -> bool:
+        """Whether results are wanted for every prompt token, so that none may be skipped."""
+        return self.params.prompt_logprobs is not None or self.options.pooling == "mean"
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether the next tokens to run are the prompt's, and their logits are wanted."""
+        within = self.num_computed_tokens < self.num_prompt_tokens
+        return within and self.params.prompt_logprobs is not None
+
+    def accept(self, token_id: int) -> tuple[FinishReason | None, int | None]:
+        """Take the first token that is pending; why this ends the sequence (or None), the stop id.
+
+        Tokens still pending behind one that ends the sequence are dropped.
+        """
+        assert self.num_pending, "no token is awaited"
+        self.token_ids[-self.num_pending] = token_id
+        self.num_pending -= 1
+        reason, stop = self._end(token_id)
+        if reason is not None:
+            self.drop_pending()
+        return reason, stop
+
+    def drop_pending(self) -> None:
+        """Forget tokens whose results will not be taken."""
+        del self.token_ids[len(self.token_ids) - self.num_pending :]
+        self.num_pending = 0
+
+    def _end(self, token_id: int) -> tuple[FinishReason | None, int | None]:
         if token_id in self.eos_token_ids:
             return "stop", None
         if token_id in self.stop_token_ids:
             return "stop", token_id
-        return ("length" if len(self.token_ids) >= self.max_total_tokens else None), None
+        return ("length" if self.num_known_tokens >= self.max_total_tokens else None), None
+
+    def name_blocks(self, block_size: int) -> list[BlockHash]:
+        """Hashes of all blocks that are full of known tokens."""
+        known = self.token_ids
+        if self.num_pending:
+            known = known[: self.num_known_tokens]
+        return block_names(self.block_names, known, block_size, self.options.cache_salt)
+
+
+def make_sequences(
+    new: NewRequest,
+    token_ids: Sequence[int],
+    *,
+    order: int,
+    seed: int,
+    eos_token_ids: Sequence[int],
+    padding_token: int | None,
+    max_total_tokens: int,
+) -> list[Request]:
+    """A request's sequences; the first one runs the prompt for all.
+
+    Each has a seed of its own. padding_token: one behind which the model's positions would be
+    others, so that it ends a sequence.
+    """
+    params = new.params
+    stops = set(params.stop_token_ids or ()) | ({padding_token} - {None})
+    family = [
+        Request(
+            request_id=new.request_id,
+            token_ids=list(token_ids),
+            params=params,
+            seed=(seed + index) % 2**64,
+            stop_token_ids=frozenset(stops),
+            eos_token_ids=frozenset(() if params.ignore_eos else eos_token_ids),
+            max_total_tokens=max_total_tokens,
+            options=new.options,
+            arrival_time=new.arrival_time,
+            index=index,
+            order=order,
+            state=RequestState.UNFORKED if index else RequestState.WAITING,
+        )
+        for index in range(params.num_sequences)
+    ]
+    family[0].siblings = family[1:]
+    return family
 
 
 def check_prompt(token_ids: Sequence[int], vocab_size: int, max_seq_len: int) -> list[int]:

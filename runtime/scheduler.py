@@ -2,99 +2,325 @@
 
 Decodes come first: they are one token each and somebody waits for every one of them. What is left
 of the token budget goes to prompts, the running ones before the waiting ones, cut into chunks
-where they do not fit. A request is admitted when blocks for all it may ever need are free
-(TensorRT-LLM's guaranteed_no_evict), so that nothing running ever has to give way.
+where they do not fit. Two policies, TensorRT-LLM's, say when a request may begin:
+
+- guaranteed_no_evict: when blocks for all that it may ever need can be promised to it.
+- max_utilization: when there are blocks for its next chunk. Where a running one then finds no
+  block, the running one whose turn came last gives its own up and is computed again later; most of
+  them are still in the prefix cache then. Beams are promised theirs under either policy.
 """
 
 from __future__ import annotations
 
+import logging
+from bisect import insort
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
+import numpy as np
+
+from inlay.backends.base import ModelLimits
 from inlay.runtime.kv_cache import KVCache
 from inlay.runtime.request import Request, RequestState
+
+logger = logging.getLogger(__name__)
+
+Policy = Literal["guaranteed_no_evict", "max_utilization"]
+
+LOOKAHEAD = 16
+"""Waiting requests of equal priority among which the one with the longest cached prefix goes
+first."""
+
+AGING_STEPS = 1000
+"""Steps after which a waiting request goes before all others, so that none waits for ever."""
 
 
 @dataclass(frozen=True)
 class ScheduledRequest:
-    """A request and how many of its uncomputed tokens the step runs."""
+    """A sequence and how many of its uncomputed tokens the step runs, from `start` on.
+
+    all_logits: logits of every one of these tokens are wanted, not of the last alone.
+    """
 
     request: Request
+    start: int
     num_tokens: int
+    epoch: int
+    needs_logits: bool
+    all_logits: bool = False
 
     @property
-    def needs_logits(self) -> bool:
-        """Whether the step reaches the request's last token, so that the next can be sampled."""
-        return self.num_tokens == self.request.num_uncomputed_tokens
+    def end(self) -> int:
+        """Where the tokens that it runs end."""
+        return self.start + self.num_tokens
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the sequence still has the place that it was scheduled in."""
+        return self.request.state is RequestState.RUNNING and self.request.epoch == self.epoch
+
+
+@dataclass
+class Schedule:
+    """A step to be: its sequences, and those among them that came in for it."""
+
+    items: list[ScheduledRequest] = field(default_factory=list)
+    admitted: list[Request] = field(default_factory=list)
+    num_preempted: int = 0
+
+
+@dataclass
+class _Budget:
+    """What a step still has room for: tokens, and rows of logits."""
+
+    tokens: int
+    rows: int
 
 
 class Scheduler:
-    """The waiting and the running requests; gives out slots and KV blocks."""
+    """The waiting and the running sequences; gives out slots and KV blocks."""
 
-    def __init__(self, kv_cache: KVCache, max_num_seqs: int, max_num_tokens: int) -> None:
+    def __init__(
+        self,
+        kv_cache: KVCache,
+        limits: ModelLimits,
+        *,
+        max_logits: int,
+        policy: Policy = "guaranteed_no_evict",
+        prefix_caching: bool = False,
+        whole_prompts: bool = False,
+    ) -> None:
+        """max_logits: rows of logits in a step. whole_prompts: never cut one into chunks."""
         self.kv_cache = kv_cache
-        self.max_num_tokens = max_num_tokens
-        self.waiting: deque[Request] = deque()
+        self.limits = limits
+        self.policy = policy
+        self.prefix_caching = prefix_caching
+        self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
-        self._num_slots = max_num_seqs
+        self._whole_prompts = whole_prompts
+        self._max_logits = max_logits
+        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._by_age: deque[Request] = deque()
+        self._num_steps = 0
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether any request waits or runs."""
+        """Whether any sequence waits or runs."""
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        """Queue a request, behind those that came before it."""
-        self.waiting.append(request)
+        """Queue a sequence by its priority, then by its arrival."""
+        request.state, request.waiting_since = RequestState.WAITING, self._num_steps
+        insort(self.waiting, request, key=lambda one: one.rank)
+        self._by_age.append(request)
 
-    def schedule(self) -> tuple[list[ScheduledRequest], list[Request]]:
-        """The next step's requests, and those among them that were admitted for it."""
-        budget = self.max_num_tokens
-        scheduled = []
-        for request in sorted(self.running, key=lambda r: not r.is_decoding):
-            if count := min(request.num_uncomputed_tokens, budget):
-                scheduled.append(ScheduledRequest(request, count))
-                budget -= count
-        admitted = []
-        while budget and self.waiting and self._admit(self.waiting[0]):
-            request = self.waiting.popleft()
-            count = min(request.num_uncomputed_tokens, budget)
-            scheduled.append(ScheduledRequest(request, count))
-            admitted.append(request)
-            budget -= count
-        return scheduled, admitted
+    def schedule(self) -> Schedule:
+        """Who runs in the next step; gives them slots and blocks."""
+        self._num_steps += 1
+        schedule = Schedule()
+        budget = _Budget(self.limits.max_num_tokens, self._max_logits)
+        for request in sorted(self.running, key=lambda one: (not one.is_decoding, one.rank)):
+            if request.state is not RequestState.RUNNING or not request.can_run:
+                continue
+            count = self._num_to_run(request, request.num_computed_tokens, budget)
+            if count and self._make_room(request, request.num_computed_tokens + count, schedule):
+                self._put(request, count, schedule, budget)
+        while budget.tokens and budget.rows and not schedule.num_preempted:
+            request = self._next_waiting()
+            if request is None or not self._admit(request, budget, schedule):
+                break
+        return schedule
+
+    def fork(self, request: Request) -> list[Request]:
+        """The prompt is being run: its siblings run too from now on, and are returned."""
+        siblings, request.siblings = request.siblings, []
+        slots = [sibling.slot for sibling in siblings]
+        self.kv_cache.fork(request.slot, slots, request.num_computed_tokens)
+        for sibling in siblings:
+            sibling.state = RequestState.RUNNING
+            sibling.token_ids = list(request.token_ids)
+            sibling.num_computed_tokens = request.num_computed_tokens
+            sibling.num_pending = request.num_pending
+            sibling.block_names = list(request.block_names)
+            sibling.num_committed = request.num_committed
+            self.running.append(sibling)
+        return siblings
+
+    def commit(self, request: Request, num_tokens: int) -> None:
+        """The first num_tokens tokens were run: others may use their blocks, windows pass on."""
+        if self.prefix_caching and request.beams is None:
+            names = request.name_blocks(self.kv_cache.block_size)
+            end = min(num_tokens // self.kv_cache.block_size, len(names))
+            if end > request.num_committed:
+                priority = request.options.cache_priority
+                self.kv_cache.commit(request.slot, names, request.num_committed, end, priority)
+                request.num_committed = end
+        self.kv_cache.release(request.slot, num_tokens)
+
+    def preempt(self, request: Request) -> None:
+        """Take a running sequence's place; it waits and is computed again. Beams begin anew."""
+        if request.beams is not None:
+            self._restart_beams(request)
+            return
+        self._leave(request)
+        self.add(request)
 
     def finish(self, request: Request) -> None:
-        """Take a request out, whatever its state, and free what it holds."""
+        """Take a sequence out, whatever its state, and free what it holds."""
         if request.state is RequestState.WAITING:
             self.waiting.remove(request)
+            self._by_age.remove(request)
         elif request.state is RequestState.RUNNING:
-            self.running.remove(request)
-            self.kv_cache.free(request.slot)
-            self._free_slots.append(request.slot)
-            request.slot = -1
+            self._leave(request)
+        for sibling in request.siblings:
+            sibling.state = RequestState.FINISHED
         request.state = RequestState.FINISHED
 
     def check(self) -> None:
-        """Assert that slots and blocks are free, or one running request's each."""
+        """Assert that slots and blocks are free, or one running sequence's each."""
         self.kv_cache.check()
-        slots = [request.slot for request in self.running]
-        assert sorted(slots + self._free_slots) == list(range(self._num_slots)), (
-            f"slots {slots} run and {self._free_slots} are free, of {self._num_slots}"
+        owners = [one for request in self.running for one in (request, *request.siblings)]
+        slots = [request.slot for request in owners]
+        assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs)), (
+            f"slots {slots} run and {self._free_slots} are free, of {self.limits.max_num_seqs}"
         )
-        needed = sum(self.kv_cache.num_blocks_for(r.max_total_tokens) for r in self.running)
-        assert needed == self.kv_cache.num_used_blocks, (
-            f"running requests reserved {needed} blocks, {self.kv_cache.num_used_blocks} are used"
-        )
+        if not owners:
+            pinned = sum(map(len, self.kv_cache._pins.values()))
+            assert self.kv_cache.num_used_blocks <= pinned, "blocks are held and nobody runs"
+        assert sorted(map(id, self.waiting)) == sorted(map(id, self._by_age))
+        assert all(request.state is RequestState.WAITING for request in self.waiting)
+        assert all(request.state is RequestState.RUNNING for request in self.running)
 
-    def _admit(self, request: Request) -> bool:
-        """Give a waiting request a slot and its blocks, if there are enough of both."""
-        if not self._free_slots:
-            return False
-        if not self.kv_cache.allocate(self._free_slots[-1], request.max_total_tokens):
-            return False
-        request.slot = self._free_slots.pop()
-        request.state = RequestState.RUNNING
-        self.running.append(request)
+    def _num_to_run(self, request: Request, start: int, budget: _Budget) -> int:
+        """Tokens of a sequence that the step has room for; 0 for none."""
+        wanted = len(request.token_ids) - start
+        count = min(wanted, budget.tokens)
+        if request.params.prompt_logprobs is not None and start < request.num_prompt_tokens:
+            count = min(count, budget.rows)
+        if not budget.rows or (self._whole_prompts and count < wanted):
+            return 0
+        return count
+
+    def _put(
+        self, request: Request, count: int, schedule: Schedule, budget: _Budget
+    ) -> None:
+        start = request.num_computed_tokens
+        self.kv_cache.allocate(request.slot, start + count)
+        last = count == request.num_uncomputed_tokens
+        every = request.wants_prompt_logits
+        item = ScheduledRequest(request, start, count, request.epoch, last, every)
+        schedule.items.append(item)
+        budget.tokens -= count
+        budget.rows -= count if every else last
+
+    def _make_room(self, request: Request, end: int, schedule: Schedule) -> bool:
+        """Whether the sequence can have its blocks, others having given way where need be."""
+        if self.kv_cache.is_reserved(request.slot) or self.kv_cache.holds(request.slot, end):
+            return True
+        while (self.kv_cache.wanted(request.slot, end) > self.kv_cache.available()).any():
+            others = [one for one in self.running if not self.kv_cache.is_reserved(one.slot)]
+            last = max(others, key=lambda one: one.rank)
+            schedule.items[:] = [item for item in schedule.items if item.request is not last]
+            self.preempt(last)
+            schedule.num_preempted += 1
+            if last is request:
+                return False
         return True
+
+    def _next_waiting(self) -> Request | None:
+        """Whose turn it is: the one that has waited too long, or the first with a cached prefix."""
+        if not self.waiting or not self._free_slots:
+            return None
+        oldest, first = self._by_age[0], self.waiting[0]
+        if self._num_steps - oldest.waiting_since > AGING_STEPS:
+            return oldest
+        if not self.prefix_caching or len(self.waiting) == 1:
+            return first
+        priority = first.options.priority
+        equal = [one for one in self.waiting[:LOOKAHEAD] if one.options.priority == priority]
+        return max(equal, key=lambda one: len(self._match(one)))
+
+    def _match(self, request: Request) -> Sequence[bytes]:
+        """Names of the cached blocks that a waiting sequence can begin with."""
+        if not self.prefix_caching or request.wants_all_rows:
+            return ()
+        names = request.name_blocks(self.kv_cache.block_size)
+        # The last token is always run: its logits are wanted.
+        most = (len(request.token_ids) - 1) // self.kv_cache.block_size
+        return names[: self.kv_cache.match(names[:most])]
+
+    def _admit(self, request: Request, budget: _Budget, schedule: Schedule) -> bool:
+        """Give a waiting sequence its slots and blocks, if there are enough of both."""
+        family, names = [request, *request.siblings], self._match(request)
+        start = len(names) * self.kv_cache.block_size
+        count = self._num_to_run(request, start, budget)
+        if not count or len(self._free_slots) < len(family):
+            return False
+        if not self._has_room(request, names, start + count):
+            if self.running or not self.kv_cache.has_pins:
+                return False
+            logger.warning("pinned prefixes leave no room for a request and are unpinned")
+            self.kv_cache.unpin_all()
+            return self._admit(request, budget, schedule)
+        self.waiting.remove(request)
+        self._by_age.remove(request)
+        for one in family:
+            one.slot = self._free_slots.pop()
+        self.kv_cache.attach(request.slot, names, request.options.cache_priority)
+        if self._is_promised(request):
+            for one, most in zip(family, self._most_held(request), strict=True):
+                self.kv_cache.reserve(one.slot, most)
+        request.state, request.num_computed_tokens = RequestState.RUNNING, start
+        request.num_committed = len(names)
+        if not request.was_heard_of:
+            request.num_cached_tokens = start
+        self.running.append(request)
+        schedule.admitted.append(request)
+        self._put(request, count, schedule, budget)
+        return True
+
+    def _has_room(self, request: Request, names: Sequence[bytes], end: int) -> bool:
+        """Whether a waiting sequence that begins with these cached blocks can come in."""
+        cache = self.kv_cache
+        if self._is_promised(request):
+            needed = np.sum(self._most_held(request), axis=0) - cache.num_attached(names)
+        else:
+            needed = np.full(len(cache.pools), cache.num_blocks_for(end) - len(names))
+        return bool((needed + cache.cost(names) <= cache.available()).all())
+
+    def _is_promised(self, request: Request) -> bool:
+        return self.policy == "guaranteed_no_evict" or request.beams is not None
+
+    def _most_held(self, request: Request) -> list[np.ndarray]:
+        """Blocks that a sequence and its siblings may come to hold; full ones of the prompt once."""
+        chunk = min(self.limits.max_num_tokens, request.max_total_tokens)
+        most = self.kv_cache.most_held(request.max_total_tokens, chunk)
+        shared = request.num_prompt_tokens // self.kv_cache.block_size
+        rest = [m if window else m - shared for m, window in zip(most, self.kv_cache.windows)]
+        return [most, *[np.array(rest) for _ in request.siblings]]
+
+    def _leave(self, request: Request) -> None:
+        """Give back the slot and the blocks of a running sequence."""
+        self.running.remove(request)
+        for one in (request, *request.siblings):
+            self.kv_cache.free(one.slot)
+            self._free_slots.append(one.slot)
+            one.slot = -1
+        request.drop_pending()
+        request.num_computed_tokens = request.num_committed = 0
+        request.epoch += 1
+
+    def _restart_beams(self, request: Request) -> None:
+        assert request.beams is not None
+        family = request.beams.family
+        for one in family:
+            if one.state is RequestState.RUNNING:
+                self._leave(one)
+            one.state = RequestState.UNFORKED
+            del one.token_ids[one.num_prompt_tokens :]
+        request.beams.restart()
+        leader = family[0]
+        leader.siblings = family[1:]
+        self.add(leader)

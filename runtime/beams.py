@@ -1,0 +1,36 @@
+"""The sequences of one beam search, and the search itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from inlay.runtime.beam_search import BeamSearch
+from inlay.runtime.request import Request
+
+
+@dataclass(eq=False)
+class Beams:
+    """family: a sequence for each beam; the first one runs the prompt alone."""
+
+    family: list[Request]
+    search: BeamSearch = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin."""
+        self.restart()
+
+    @property
+    def live(self) -> list[Request]:
+        """Those whose next tokens the search wants to see."""
+        return self.family[:1] if self.family[0].siblings else self.family
+
+    def restart(self) -> None:
+        """Begin again from the prompt."""
+        first = self.family[0]
+        self.search = BeamSearch(
+            first.params,
+            first.token_ids[: first.num_prompt_tokens],
+            first.eos_token_ids,
+            first.stop_token_ids,
+            first.max_total_tokens,
+        )

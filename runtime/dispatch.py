@@ -1,0 +1,110 @@
+"""How a step is run: from a graph captured for its padded size, or as it is. Nobody else decides.
+
+Decode steps (a token for each request, logits for each) have sizes that can be captured: the number
+of requests is padded up a ladder. Padding belongs to no request: its cache slot is -1, its request
+has no tokens, and its rows of logits are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from inlay.backends.base import LoadedModel
+from inlay.backends.step import PADDING_SLOT, StepInputs, ladder_up_to, round_up
+from inlay.runtime.static_call import StaticCall
+
+TENSORS = (
+    "input_ids",
+    "position_ids",
+    "slot_mapping",
+    "block_tables",
+    "seq_lens",
+    "query_start_loc",
+    "logits_indices",
+)
+
+
+class Dispatcher:
+    """Runs a model's steps; with graphs, decode steps of the captured sizes from those."""
+
+    def __init__(self, model: LoadedModel, max_num_seqs: int, table_width: int) -> None:
+        self._model = model
+        self._sizes = ladder_up_to(max_num_seqs)
+        self._width = table_width
+        self._graphs: dict[int, StaticCall] = {}
+        self.num_replayed = 0
+
+    def capture(self) -> int:
+        """Capture every decode size, the largest first; bytes of the device that this took."""
+        before = _memory_used(self._model.device)
+        for size in reversed(self._sizes):
+            blank = self._blank(size)
+            self._graphs[size] = StaticCall(
+                lambda tensors, blank=blank: self._model.forward(  # type: ignore[misc]
+                    replace(blank, **dict(zip(TENSORS, tensors, strict=True)))
+                ),
+                [getattr(blank, name) for name in TENSORS],
+            )
+        return _memory_used(self._model.device) - before
+
+    def drop(self) -> None:
+        """Forget the graphs: the addresses that they were captured with are no longer good."""
+        self._graphs.clear()
+
+    def forward(self, step: StepInputs) -> torch.Tensor:
+        """Logits [R, vocab]; rows beyond step.num_logits are not to be read."""
+        graph = self._graph_for(step)
+        if graph is None:
+            return self._model.forward(step)
+        self.num_replayed += 1
+        size = graph.inputs[0].shape[0]
+        return graph(self._padded(step, size))
+
+    def _graph_for(self, step: StepInputs) -> StaticCall | None:
+        is_decode = step.num_tokens == step.num_requests == step.num_logits
+        if not self._graphs or not is_decode:
+            return None
+        return self._graphs.get(round_up(step.num_tokens, self._sizes))
+
+    def _padded(self, step: StepInputs, size: int) -> Sequence[torch.Tensor]:
+        """The step's tensors in the graph's sizes; tables keep their width, the rest is stale."""
+        blank, count = self._blank(size), step.num_requests
+        tensors = {name: getattr(blank, name) for name in TENSORS if name != "block_tables"}
+        for name in ("input_ids", "position_ids", "logits_indices", "seq_lens"):
+            tensors[name][:count] = getattr(step, name)[:count]
+        tensors["slot_mapping"][:, :count] = step.slot_mapping[:, :count]
+        tensors["query_start_loc"].fill_(count)
+        tensors["query_start_loc"][: count + 1] = step.query_start_loc[: count + 1]
+        tensors["block_tables"] = step.block_tables[:, :count]
+        return [tensors[name] for name in TENSORS]
+
+    def _blank(self, size: int) -> StepInputs:
+        """A step of so many requests that are all padding."""
+        groups, device = len(self._model.kv_groups), self._model.device
+
+        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        return StepInputs(
+            input_ids=zeros(size, dtype=torch.int64),
+            position_ids=zeros(size, dtype=torch.int64),
+            slot_mapping=zeros(groups, size, dtype=torch.int64).fill_(PADDING_SLOT),
+            block_tables=zeros(groups, size, self._width, dtype=torch.int32),
+            seq_lens=zeros(size, dtype=torch.int32),
+            query_start_loc=zeros(size + 1, dtype=torch.int32),
+            logits_indices=zeros(size, dtype=torch.int64),
+            num_tokens=size,
+            num_requests=size,
+            num_logits=size,
+        )
+
+
+def _memory_used(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free

@@ -1,0 +1,66 @@
+"""The device's part of a step: everything that touches a tensor, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from inlay.backends.base import LoadedModel
+from inlay.runtime.batch import Batch
+from inlay.runtime.block_copies import BlockCopier
+from inlay.runtime.dispatch import Dispatcher
+from inlay.runtime.kv_cache import BlockCopy
+from inlay.runtime.logprobs import TopTokens
+from inlay.runtime.pooling import Pooler
+from inlay.runtime.prompt_logprobs import PromptLogprobs
+from inlay.runtime.sampling import Sampled, SamplingPlan, SamplingStage
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step as the device needs it. scores: of the beams, whose rows are not sampled from."""
+
+    batch: Batch
+    copies: Sequence[BlockCopy]
+    plan: SamplingPlan
+    scores: SamplingPlan | None
+    prompt_logprobs: PromptLogprobs
+    pooler: Pooler
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the device makes of it, perhaps not there yet. scores: float32 [beams, vocab]."""
+
+    sampled: Sampled
+    scores: torch.Tensor | None
+    prompt_logprobs: list[TopTokens]
+    pooled: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepRunner:
+    """Called by the launcher, one step after the other; looks at nothing that the host changes."""
+
+    model: LoadedModel
+    dispatcher: Dispatcher
+    copier: BlockCopier
+    sampling: SamplingStage
+
+    def run(self, work: Work) -> Result:
+        """Copy blocks, run the model, choose tokens."""
+        self.copier.run(work.copies)
+        step = work.batch.step.to(self.model.device)
+        work.batch.fill_in(step, self.sampling.last_tokens)
+        if work.pooler:
+            logits, hidden = self.model.forward_hidden(step)
+            pooled = work.pooler.run(hidden)
+        else:
+            logits, pooled = self.dispatcher.forward(step), []
+        scores = None
+        if work.scores is not None:
+            scores = self.sampling.launch_scores(work.scores, logits)
+        sampled = self.sampling.launch(work.plan, logits)
+        return Result(sampled, scores, work.prompt_logprobs.run(logits), pooled)
