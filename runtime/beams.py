@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from inlay.runtime.beam_search import BeamSearch
+from inlay.runtime.processors import BatchedProcessors
 from inlay.runtime.request import Request
 
 
 @dataclass(eq=False)
 class Beams:
-    """family: a sequence for each beam; the first one runs the prompt alone."""
+    """family: a sequence for each beam; the first one runs the prompt alone.
+
+    processors: the engine's own. RequestError where the request's own cannot be made.
+    """
 
     family: list[Request]
+    processors: BatchedProcessors
     search: BeamSearch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -33,4 +38,6 @@ class Beams:
             first.eos_token_ids,
             first.stop_token_ids,
             first.max_total_tokens,
+            request_id=first.request_id,
+            batched=self.processors,
         )

@@ -163,7 +163,7 @@ class Executor:
             ),
         )
         if request.params.use_beam_search:
-            beams = Beams(list(family))
+            beams = Beams(list(family), self.sampling.batched)
             for one in family:
                 one.beams = beams
         self._sequences[name] = family
@@ -291,7 +291,6 @@ class Executor:
                 continue
             rows += [(one, row) for one in (request, *request.siblings)]
             new += request.siblings
-        scored = [pair for pairs in searches.values() for pair in pairs]
         now = time.perf_counter()
         for request in schedule.admitted:
             request.scheduled_time = request.scheduled_time or now
@@ -299,8 +298,7 @@ class Executor:
             batch,
             copies,
             self.sampling.plan(rows, new),
-            # Beams change places after each step, and so does what their slots hold.
-            self.sampling.plan(scored, [request for request, _ in scored]) if scored else None,
+            [row for pairs in searches.values() for _, row in pairs],
             PromptLogprobs.of(schedule.items, batch.rows),
             Pooler.of(schedule.items, batch.step),
         )
@@ -392,7 +390,10 @@ class Executor:
             end = start + len(rows)
             if all(row.is_current for row in rows):
                 assert result.scores is not None
-                outputs += self._advance(beams, result.scores[start:end])
+                try:
+                    outputs += self._advance(beams, result.scores[start:end])
+                except RequestError as error:
+                    outputs += self._fail_request(beams.family[0].request_id, error)
             start = end
         return outputs
 

@@ -20,19 +20,20 @@ from inlay.runtime.sampling import Sampled, SamplingPlan, SamplingStage
 
 @dataclass(frozen=True)
 class Work:
-    """A step as the device needs it. scores: of the beams, whose rows are not sampled from."""
+    """A step as the device needs it. beam_rows: rows of logits that beam searches choose from."""
 
     batch: Batch
     copies: Sequence[BlockCopy]
     plan: SamplingPlan
-    scores: SamplingPlan | None
+    beam_rows: list[int]
     prompt_logprobs: PromptLogprobs
     pooler: Pooler
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the device makes of it, perhaps not there yet. scores: float32 [beams, vocab]."""
+    """What the device makes of it, perhaps not there yet. scores: float32 [beam_rows, vocab],
+    log probabilities."""
 
     sampled: Sampled
     scores: torch.Tensor | None
@@ -59,8 +60,6 @@ class StepRunner:
             pooled = work.pooler.run(hidden)
         else:
             logits, pooled = self.dispatcher.forward(step), []
-        scores = None
-        if work.scores is not None:
-            scores = self.sampling.launch_scores(work.scores, logits)
+        scores = logits[work.beam_rows].float().log_softmax(-1) if work.beam_rows else None
         sampled = self.sampling.launch(work.plan, logits)
         return Result(sampled, scores, work.prompt_logprobs.run(logits), pooled)
