@@ -32,7 +32,9 @@ class StepSizes:
         return cls(
             tokens=ladder_up_to(limits.max_num_tokens),
             requests=ladder_up_to(limits.max_num_seqs, smallest=1),
-            logits=ladder_up_to(max(limits.max_num_seqs, MAX_PROMPT_LOGITS)),
+            logits=sorted(
+                {*ladder_up_to(limits.max_num_seqs), *ladder_up_to(MAX_PROMPT_LOGITS)}
+            ),
         )
 
 

@@ -281,7 +281,8 @@ class Executor:
     ) -> tuple[list[_Row], list[tuple[Beams, list[_Row]]], Work]:
         batch = prepare(schedule.items, self.kv_cache, self._sizes)
         rows: list[tuple[Request, int]] = []
-        new, searches = list(schedule.admitted), {}
+        new = list(schedule.admitted)
+        searches: dict[Beams, list[tuple[Request, int]]] = {}
         for item, row in zip(schedule.items, batch.rows, strict=True):
             request = item.request
             if not item.needs_logits or request.options.pooling is not None:

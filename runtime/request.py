@@ -244,7 +244,9 @@ def make_sequences(
     others, so that it ends a sequence.
     """
     params = new.params
-    stops = set(params.stop_token_ids or ()) | ({padding_token} - {None})
+    stops = set(params.stop_token_ids or ())
+    if padding_token is not None:
+        stops.add(padding_token)
     family = [
         Request(
             request_id=new.request_id,

@@ -128,8 +128,8 @@ class Scheduler:
             if count and self._make_room(request, request.num_computed_tokens + count, schedule):
                 self._put(request, count, schedule, budget)
         while budget.tokens and budget.rows and not schedule.num_preempted:
-            request = self._next_waiting()
-            if request is None or not self._admit(request, budget, schedule):
+            first = self._next_waiting()
+            if first is None or not self._admit(first, budget, schedule):
                 break
         return schedule
 

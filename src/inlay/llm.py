@@ -25,6 +25,7 @@ from inlay.prompts import (
 from inlay.runtime.executor import Executor
 from inlay.runtime.output_processor import OutputProcessor, OutputState
 from inlay.runtime.outputs import RequestOutput
+from inlay.runtime.request import NewRequest
 from inlay.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class LLM:
                 prompt = encode(items[index])
                 self._processor.check_params(one)
                 params_in_ids = encode_bad_words(one, self._tokenizer)
-                token_ids = self._executor.check_request(prompt.token_ids, params_in_ids)
+                token_ids = self._executor.admission.check(prompt.token_ids, params_in_ids)
             except RequestError as error:
                 raise RequestError(f"prompt {index}: {error}") from error
             jobs.append(_Job(prompt.text, token_ids, params_in_ids))
@@ -220,7 +221,7 @@ class LLM:
         """Queue a job; its state is listed first, so that no interrupt can lose it."""
         request_id = next(self._request_ids)
         states.append(self._processor.add(request_id, job.text, job.token_ids, job.params))
-        self._executor.add_request(request_id, job.token_ids, job.params)
+        self._executor.add_request(NewRequest(request_id, job.token_ids, job.params))
 
     def _step(self) -> list[OutputState]:
         assert self._executor.has_unfinished, "a request is awaited that the executor lost"

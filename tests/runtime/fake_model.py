@@ -186,7 +186,8 @@ def assert_nothing_held(executor: Executor) -> None:
     """Every block and slot is free again, and nobody is known any more."""
     executor.scheduler.check()
     assert executor.kv_cache.num_used_blocks == 0
-    assert executor.kv_cache.num_free_blocks == executor.kv_cache.num_blocks
+    assert all(pool.num_free == pool.num_blocks for pool in executor.kv_cache.pools)
     assert not executor.scheduler.running
     assert not executor.scheduler.waiting
-    assert not executor._requests
+    assert not executor._sequences
+    assert not executor._in_flight

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,6 +13,7 @@ from inlay.errors import OptionError, RequestError
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.executor import Executor
 from inlay.runtime.outputs import StepOutput
+from inlay.runtime.request import NewRequest
 from inlay.runtime.sampling_params import SamplingParams
 from tests.runtime.fake_model import (
     LIMITS,
@@ -31,6 +33,10 @@ def make_executor(eos: int | None = None, **options: int) -> tuple[FakeModel, Ex
     ends = () if eos is None else (eos,)
     config = ExecutorConfig(eos_token_ids=ends, debug=True, **options)  # type: ignore[arg-type]
     return model, Executor(model, config)
+
+
+def add(executor: Executor, name: str, prompt: Sequence[int], params: SamplingParams) -> None:
+    executor.add_request(NewRequest(name, list(prompt), params))
 
 
 def prompt_of(size: int, seed: int = 0) -> list[int]:
@@ -112,7 +118,7 @@ def test_any_schedule_gives_what_each_request_gives_alone(
             if arrival.abort_step == number and executor.abort(str(index)):
                 aborted.add(index)
             if arrival.step == number:
-                executor.add_request(str(index), arrival.prompt, arrival.params)
+                add(executor, str(index), arrival.prompt, arrival.params)
         outputs += executor.step()
         if number > 40 and not executor.has_unfinished:
             break
@@ -156,7 +162,7 @@ def test_the_fake_model_notices_what_it_should() -> None:
             return honest(model, step)
 
         model.forward = forward  # type: ignore[method-assign]
-        executor.add_request("a", prompt, replace(GREEDY, max_tokens=1))
+        add(executor, "a", prompt, replace(GREEDY, max_tokens=1))
         tokens, _ = run_all(executor)["a"]
         alone, _ = generate_alone(model, prompt, replace(GREEDY, max_tokens=1), 64)
         assert tokens != alone, f"a wrong {fault} goes unnoticed"
@@ -164,8 +170,8 @@ def test_the_fake_model_notices_what_it_should() -> None:
 
 def test_prefill_and_decode_mix_in_one_step() -> None:
     model, executor = make_executor(max_num_tokens=10)
-    executor.add_request("short", prompt_of(3), GREEDY)
-    executor.add_request("long", prompt_of(25), GREEDY)
+    add(executor, "short", prompt_of(3), GREEDY)
+    add(executor, "long", prompt_of(25), GREEDY)
     run_all(executor)
     kinds = [(s.num_tokens, s.num_requests, s.num_logits) for s in model.steps[:4]]
     assert kinds == [(10, 2, 1), (10, 2, 1), (10, 2, 2), (2, 2, 2)]
@@ -174,7 +180,7 @@ def test_prefill_and_decode_mix_in_one_step() -> None:
 def test_sizes_are_padded_up_the_ladder() -> None:
     model, executor = make_executor()
     for name in range(5):
-        executor.add_request(str(name), prompt_of(3 + name), GREEDY)
+        add(executor, str(name), prompt_of(3 + name), GREEDY)
     run_all(executor)
     first, last = model.steps[:2]
     assert (first.num_tokens, len(first.input_ids)) == (24, 24)
@@ -182,19 +188,19 @@ def test_sizes_are_padded_up_the_ladder() -> None:
     assert (last.num_requests, len(last.seq_lens)) == (5, 6)
     assert (last.num_logits, len(last.logits_indices)) == (5, 6)
     model, executor = make_executor()
-    executor.add_request("alone", [1, 2, 3], replace(GREEDY, max_tokens=2))
+    add(executor, "alone", [1, 2, 3], replace(GREEDY, max_tokens=2))
     run_all(executor)
     sizes = [(len(s.input_ids), len(s.seq_lens), len(s.logits_indices)) for s in model.steps]
     assert sizes == [(4, 1, 2), (2, 1, 2)]
 
 
-def test_decode_input_comes_from_the_device() -> None:
+def test_with_overlap_decode_input_comes_from_the_device() -> None:
     """What the sampler wrote is run, not what the host believes was sampled."""
-    model, executor = make_executor()
-    executor.add_request("a", prompt_of(5), GREEDY)
-    executor.add_request("b", prompt_of(6), GREEDY)
-    executor.step()
-    executor.sampler.last_tokens[executor._requests["b"].slot] = 42
+    model, executor = make_executor(overlap=True)
+    add(executor, "a", prompt_of(5), GREEDY)
+    add(executor, "b", prompt_of(6), GREEDY)
+    assert executor.step() == []
+    executor.sampling.last_tokens[executor._sequences["b"][0].slot] = 42
     executor.step()
     assert model.steps[1].input_ids[1] == 42
 
@@ -203,9 +209,9 @@ def test_unseeded_requests_differ_and_seeded_ones_repeat() -> None:
     _, executor = make_executor()
     params = SamplingParams(temperature=1.5, max_tokens=20)
     for name in "abc":
-        executor.add_request(name, [1, 2, 3], params)
+        add(executor, name, [1, 2, 3], params)
     for name in "def":
-        executor.add_request(name, [1, 2, 3], replace(params, seed=5))
+        add(executor, name, [1, 2, 3], replace(params, seed=5))
     results = run_all(executor)
     assert len({tuple(results[name][0]) for name in "abc"}) == 3
     assert len({tuple(results[name][0]) for name in "def"}) == 1
@@ -213,17 +219,17 @@ def test_unseeded_requests_differ_and_seeded_ones_repeat() -> None:
 
 def test_end_of_sequence_stop_tokens_and_lengths() -> None:
     _, executor = make_executor()
-    executor.add_request("a", [5, 6, 7], GREEDY)
+    add(executor, "a", [5, 6, 7], GREEDY)
     free = run_all(executor)["a"][0]
     eos = free[4]
     _, executor = make_executor()
     executor = Executor(executor.model, ExecutorConfig(eos_token_ids=(eos,), debug=True))
     first = free.index(eos)
-    executor.add_request("eos", [5, 6, 7], GREEDY)
-    executor.add_request("ignored", [5, 6, 7], replace(GREEDY, ignore_eos=True))
-    executor.add_request("stop", [5, 6, 7], replace(GREEDY, stop_token_ids=[free[0], 3]))
-    executor.add_request("one", [5, 6, 7], replace(GREEDY, max_tokens=1, ignore_eos=True))
-    executor.add_request("full", [5] * 60, replace(GREEDY, max_tokens=None, ignore_eos=True))
+    add(executor, "eos", [5, 6, 7], GREEDY)
+    add(executor, "ignored", [5, 6, 7], replace(GREEDY, ignore_eos=True))
+    add(executor, "stop", [5, 6, 7], replace(GREEDY, stop_token_ids=[free[0], 3]))
+    add(executor, "one", [5, 6, 7], replace(GREEDY, max_tokens=1, ignore_eos=True))
+    add(executor, "full", [5] * 60, replace(GREEDY, max_tokens=None, ignore_eos=True))
     outputs = []
     while executor.has_unfinished:
         outputs += executor.step()
@@ -254,13 +260,13 @@ def test_what_cannot_run_is_refused_and_nothing_is_queued() -> None:
     }
     for message, (prompt, params) in cases.items():
         with pytest.raises(RequestError, match=message):
-            executor.add_request("a", prompt, params)
+            add(executor, "a", prompt, params)
     assert not executor.has_unfinished
-    executor.add_request("a", [1] * 24, GREEDY)
+    add(executor, "a", [1] * 24, GREEDY)
     with pytest.raises(RequestError, match="request id 'a' is in use"):
-        executor.add_request("a", [1], GREEDY)
+        add(executor, "a", [1], GREEDY)
     assert len(run_all(executor)["a"][0]) == 8
-    executor.add_request("a", [1], GREEDY)
+    add(executor, "a", [1], GREEDY)
     run_all(executor)
     assert_nothing_held(executor)
 
@@ -272,9 +278,9 @@ def test_options_beyond_the_model_are_refused() -> None:
 
 def test_abort_in_every_state() -> None:
     _, executor = make_executor(max_num_seqs=2, max_num_tokens=8)
-    executor.add_request("decoding", prompt_of(2), GREEDY)
-    executor.add_request("chunked", prompt_of(30), GREEDY)
-    executor.add_request("waiting", prompt_of(3), GREEDY)
+    add(executor, "decoding", prompt_of(2), GREEDY)
+    add(executor, "chunked", prompt_of(30), GREEDY)
+    add(executor, "waiting", prompt_of(3), GREEDY)
     executor.step()
     executor.step()
     assert [executor.abort(name) for name in ("waiting", "chunked", "decoding")] == [True] * 3
@@ -283,7 +289,7 @@ def test_abort_in_every_state() -> None:
     assert executor.step() == []
     assert not executor.abort("decoding")
     assert not executor.abort("never heard of")
-    executor.add_request("done", prompt_of(2), GREEDY)
+    add(executor, "done", prompt_of(2), GREEDY)
     run_all(executor)
     assert not executor.abort("done")
 
@@ -291,8 +297,8 @@ def test_abort_in_every_state() -> None:
 def test_abort_from_inside_a_step() -> None:
     """A signal handler may do this: the step's result for that request is dropped."""
     model, executor = make_executor()
-    executor.add_request("a", prompt_of(4), GREEDY)
-    executor.add_request("b", prompt_of(5), GREEDY)
+    add(executor, "a", prompt_of(4), GREEDY)
+    add(executor, "b", prompt_of(5), GREEDY)
     model.before_forward = lambda number: executor.abort("a") and None if number == 3 else None
     results = run_all(executor)
     alone = [generate_alone(model, prompt_of(n), GREEDY, 64)[0] for n in (4, 5)]
@@ -311,7 +317,7 @@ def test_a_failing_step_ends_only_its_own_requests(failing_step: int) -> None:
 
     model.before_forward = fail
     for name in range(4):
-        executor.add_request(str(name), prompt_of(3 + name), GREEDY)
+        add(executor, str(name), prompt_of(3 + name), GREEDY)
     outputs = []
     while executor.has_unfinished:
         outputs += executor.step()
@@ -326,7 +332,7 @@ def test_a_failing_step_ends_only_its_own_requests(failing_step: int) -> None:
 def test_a_failing_sampler_frees_everything_too(monkeypatch: pytest.MonkeyPatch) -> None:
     _, executor = make_executor()
     monkeypatch.setattr(executor.model, "forward", lambda step: torch.zeros(0, VOCAB_SIZE))
-    executor.add_request("a", prompt_of(4), GREEDY)
+    add(executor, "a", prompt_of(4), GREEDY)
     (output,) = executor.step()
     assert isinstance(output.error, Exception)
     assert output.finished
@@ -342,7 +348,7 @@ def test_an_interrupt_is_raised_and_reported_to_the_others() -> None:
 
     model.before_forward = interrupt
     for name in "abc":
-        executor.add_request(name, prompt_of(4), GREEDY)
+        add(executor, name, prompt_of(4), GREEDY)
     executor.step()
     with pytest.raises(KeyboardInterrupt):
         executor.step()
@@ -358,11 +364,11 @@ def test_a_model_that_counts_positions_without_padding() -> None:
     model = FakeModel(replace(LIMITS, padding_token=7))
     executor = Executor(model)
     with pytest.raises(RequestError, match=r"must not hold the padding token 7.*leave it out"):
-        executor.add_request("r", [5, 7, 8], GREEDY)
+        add(executor, "r", [5, 7, 8], GREEDY)
     # Sampled, it ends the request: what comes behind it would have other positions.
     params = replace(GREEDY, temperature=2.0, max_tokens=50, ignore_eos=True)
     for seed in range(20):
-        executor.add_request(str(seed), [5, 8], replace(params, seed=seed))
+        add(executor, str(seed), [5, 8], replace(params, seed=seed))
     results = run_all(executor).values()
     assert any(reason == "stop" for _, reason in results)
     for tokens, reason in results:

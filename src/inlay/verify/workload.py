@@ -12,6 +12,7 @@ from inlay.backends.step import StepInputs
 from inlay.errors import OptionError
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.executor import Executor
+from inlay.runtime.request import NewRequest
 from inlay.runtime.sampling_params import SamplingParams
 
 LONGEST_PROMPT = 400
@@ -125,6 +126,8 @@ def run_greedy(model: LoadedModel, prompts: Sequence[list[int]], max_tokens: int
         max_num_tokens=max(min(CHUNK, limits.max_num_tokens), num_seqs),
         max_num_seqs=num_seqs,
         kv_cache_tokens=(-(-longest // block) + 1) * block * num_seqs,
+        enable_prefix_caching=False,  # every row is to be run
+        overlap=False,  # and read before the next
         debug=True,
     )
     recorder = _Recorder(model)
@@ -132,7 +135,7 @@ def run_greedy(model: LoadedModel, prompts: Sequence[list[int]], max_tokens: int
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     requests = [Request(prompt) for prompt in prompts]
     for name, request in enumerate(requests):
-        executor.add_request(str(name), request.prompt, params)
+        executor.add_request(NewRequest(str(name), request.prompt, params))
     while executor.has_unfinished:
         outputs = executor.step()
         failed = next((output.error for output in outputs if output.error is not None), None)
@@ -145,4 +148,5 @@ def run_greedy(model: LoadedModel, prompts: Sequence[list[int]], max_tokens: int
             request.tokens.append(output.token_ids[0])
             request.rows.append(row)
             request.steps.append(len(recorder.steps) - 1)
-    return Run(requests, recorder.steps, executor.kv_cache.num_blocks)
+    num_blocks = max(pool.num_blocks for pool in executor.kv_cache.pools)
+    return Run(requests, recorder.steps, num_blocks)
