@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from inlay.backends.base import ModelLimits
 from inlay.errors import RequestError
+from inlay.runtime.kv_cache import most_held
 from inlay.runtime.processors import check_processors
 from inlay.runtime.request import RequestOptions, check_prompt, check_vocabulary
 from inlay.runtime.sampling_params import SamplingParams
@@ -16,13 +19,14 @@ from inlay.runtime.sampling_params import SamplingParams
 class Admission:
     """An engine's limits, in plain data, so that the API's process can check at the door.
 
-    limits: the model's, made smaller by the executor's options. kv_cache_tokens: tokens that the
-    KV cache holds. is_encoder: the model gives hidden states of whole requests only.
+    limits: the model's, made smaller by the executor's options. windows, num_blocks: of each KV
+    group, its window and its pool's size. is_encoder: the model gives hidden states of whole requests only.
     in_process: whether a request may bring Python callables.
     """
 
     limits: ModelLimits
-    kv_cache_tokens: int
+    windows: tuple[int, ...]
+    num_blocks: tuple[int, ...]
     is_encoder: bool = False
     in_process: bool = True
 
@@ -81,14 +85,14 @@ class Admission:
                 "with a larger max_num_seqs"
             )
         total = self.max_total_tokens(num_prompt_tokens, params, options)
-        block_size = self.limits.block_size
-        each, shared = -(-total // block_size), num_prompt_tokens // block_size
-        needed, has = each + (count - 1) * (each - shared), self.kv_cache_tokens // block_size
-        if needed > has:
-            of_all = "" if count == 1 else f" in each of {count} sequences"
-            raise RequestError(
-                f"the request may grow to {total} tokens ({num_prompt_tokens} of prompt){of_all},"
-                f" {needed} blocks of the KV cache, which has {has} blocks"
-                f" ({self.kv_cache_tokens} tokens):"
-                " lower max_tokens, or raise kv_cache_tokens or kv_cache_memory"
-            )
+        size, chunk = self.limits.block_size, min(self.limits.max_num_tokens, total)
+        most = most_held(self.windows, size, num_prompt_tokens, total, chunk, count)
+        for needed, has in zip(np.sum(most, axis=0), self.num_blocks, strict=True):
+            if needed > has:
+                of_all = "" if count == 1 else f" in each of {count} sequences"
+                raise RequestError(
+                    f"the request may grow to {total} tokens ({num_prompt_tokens} of prompt)"
+                    f"{of_all}, {needed} blocks of the KV cache, which has {has} blocks"
+                    f" ({has * size} tokens): lower max_tokens, or raise kv_cache_tokens or"
+                    " kv_cache_memory"
+                )

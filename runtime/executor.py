@@ -136,7 +136,7 @@ class Executor:
             events=config.kv_events,
         )
         self.admission = Admission(
-            limits, max(sizes) * limits.block_size, model.is_encoder, config.batch_invariant
+            limits, self.kv_cache.windows, tuple(sizes), is_encoder=model.is_encoder
         )
 
     @property
@@ -479,7 +479,8 @@ class Executor:
                 if request.order != order:  # another one, which has the id by now
                     continue
                 self._end(request)
-                outputs.append(self._output(request, finish_reason="timeout"))
+                if request.beams is None or request.index < request.params.n:
+                    outputs.append(self._output(request, finish_reason="timeout"))
         return outputs
 
     def _names(self, token_ids: Sequence[int], cache_salt: str | None) -> list[bytes]:

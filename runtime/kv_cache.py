@@ -38,6 +38,29 @@ class BlockCopy:
     target: int
 
 
+def most_held(
+    windows: Sequence[int],
+    block_size: int,
+    num_prompt_tokens: int,
+    num_tokens: int,
+    chunk: int,
+    num_sequences: int,
+) -> list[np.ndarray]:
+    """Blocks of each KV group that each of a request's sequences may come to hold: int64 [G].
+
+    num_tokens: of prompt and output, at most. chunk: most of them in a step; two steps may be under
+    way, and what a window has passed is released after them. The prompt's full blocks, which all
+    sequences share, count once; those of groups with a window do not, since they are let go at
+    different times.
+    """
+    total, shared = -(-num_tokens // block_size), num_prompt_tokens // block_size
+    reach = [-(-(window - 1 + 2 * chunk) // block_size) + 1 for window in windows]
+    pairs = list(zip(windows, reach, strict=True))
+    first = np.array([min(total, most) if window else total for window, most in pairs])
+    other = first - np.where(np.array(windows) == 0, shared, 0)
+    return [first, *[other] * (num_sequences - 1)]
+
+
 class KVCache:
     """Who holds which blocks. A slot is a running sequence's place."""
 
@@ -78,17 +101,6 @@ class KVCache:
 
     # What a request needs, and whether it can be had.
 
-    def most_held(self, num_tokens: int, chunk: int) -> np.ndarray:
-        """Blocks of each group that a sequence of num_tokens ever holds at once: int64 [G].
-
-        chunk: most tokens of it in a step. Two steps may be under way, and what a window has
-        passed is released after them.
-        """
-        total = self.num_blocks_for(num_tokens)
-        reach = [self.num_blocks_for(window - 1 + 2 * chunk) + 1 for window in self.windows]
-        pairs = zip(self.windows, reach, strict=True)
-        return np.array([min(total, most) if window else total for window, most in pairs])
-
     def reserve(self, slot: int, most: np.ndarray) -> None:
         """Promise the slot that it may come to hold so many blocks of each group."""
         self._reserved[:, slot] = most
@@ -101,7 +113,23 @@ class KVCache:
         """Blocks of each group that can be taken and are promised to nobody: int64 [G]."""
         free = np.array([pool.num_free for pool in self.pools])
         promised = np.maximum(self._reserved - (self._end - self._begin), 0).sum(1)
-        return free - promised - self._forks_due()
+        promised += self._forks_due()
+        for group, window in enumerate(self.windows):
+            if window:
+                # A block that a window has passed is not free while others hold it.
+                most = self._reserved[group].sum()
+                promised[group] = max(most - self._num_passing(group), 0)
+        return free - promised
+
+    def needed(self, most: Sequence[np.ndarray], names: Sequence[BlockHash]) -> np.ndarray:
+        """Blocks of each group that must be available for slots to be promised so many: int64 [G].
+
+        The first of them begins with the cached blocks of these names.
+        """
+        total = np.sum(most, axis=0)
+        attached = self._num_attached(names)
+        full = np.array(self.windows) == 0
+        return total + np.where(full, self.cost(names) - attached, 0)
 
     def wanted(self, slot: int, end: int) -> np.ndarray:
         """Blocks of each group that are missing for the slot's first `end` tokens: int64 [G]."""
@@ -221,7 +249,7 @@ class KVCache:
             cost[group] += block is None or self.pools[group].refs(block) == 0
         return cost
 
-    def num_attached(self, names: Sequence[BlockHash]) -> np.ndarray:
+    def _num_attached(self, names: Sequence[BlockHash]) -> np.ndarray:
         """Blocks of each group that a slot holds after `attach`: int64 [G]."""
         held = np.zeros(len(self.pools), dtype=np.int64)
         for group, _ in self._needed(len(names)):
@@ -263,8 +291,15 @@ class KVCache:
                     self._name(group, block, names, index, priority)
 
     def pin(self, names: Sequence[BlockHash]) -> int:
-        """Keep the blocks of these names until unpinned; how many of the first ones there are."""
+        """Keep the blocks of these names until unpinned; how many of the first ones are kept.
+
+        None where running requests may need them. Those on the host alone are not brought back.
+        """
         key = tuple(names)[: self.match(names)]
+        full = np.array(self.windows) == 0
+        cost = np.where(full, self.cost(key), self._num_attached(key))
+        if (cost > self.available()).any():
+            return 0
         if key and key not in self._pins:
             pairs = [(g, self.pools[g].find(key[i])) for g, i in self._needed(len(key))]
             held = [(group, block) for group, block in pairs if block is not None]
@@ -396,6 +431,15 @@ class KVCache:
         self.copies.append(BlockCopy("fork", group, block, own))
         self.pools[group].drop(block)
         self._tables[group, slot, self._shared[slot]] = own
+
+    def _num_passing(self, group: int) -> int:
+        """Blocks that slots with a promise hold, each counted once, and that no pin keeps."""
+        slots = np.flatnonzero(self._reserved[group])
+        columns = np.arange(self._tables.shape[2])
+        begin, end = self._begin[group, slots, None], self._end[slots, None]
+        held = self._tables[group, slots][(columns >= begin) & (columns < end)]
+        pinned = [block for pairs in self._pins.values() for g, block in pairs if g == group]
+        return len(np.setdiff1d(held, pinned))
 
     def _forks_due(self) -> np.ndarray:
         """Blocks of each group that reserved slots will take to write into shared blocks."""

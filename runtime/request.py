@@ -262,7 +262,7 @@ def make_sequences(
             order=order,
             state=RequestState.UNFORKED if index else RequestState.WAITING,
         )
-        for index in range(params.num_sequences)
+        for index in range(params.num_sequences if new.options.pooling is None else 1)
     ]
     family[0].siblings = family[1:]
     return family

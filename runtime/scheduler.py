@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from inlay.backends.base import ModelLimits
-from inlay.runtime.kv_cache import KVCache
+from inlay.runtime.kv_cache import KVCache, most_held
 from inlay.runtime.request import Request, RequestState
 
 logger = logging.getLogger(__name__)
@@ -285,21 +285,23 @@ class Scheduler:
         """Whether a waiting sequence that begins with these cached blocks can come in."""
         cache = self.kv_cache
         if self._is_promised(request):
-            needed = np.sum(self._most_held(request), axis=0) - cache.num_attached(names)
+            needed = cache.needed(self._most_held(request), names)
         else:
-            needed = np.full(len(cache.pools), cache.num_blocks_for(end) - len(names))
-        return bool((needed + cache.cost(names) <= cache.available()).all())
+            needed = cache.num_blocks_for(end) - len(names) + cache.cost(names)
+        return bool((needed <= cache.available()).all())
 
     def _is_promised(self, request: Request) -> bool:
         return self.policy == "guaranteed_no_evict" or request.beams is not None
 
     def _most_held(self, request: Request) -> list[np.ndarray]:
-        """Blocks that a sequence and its siblings may come to hold; full ones of the prompt once."""
-        chunk = min(self.limits.max_num_tokens, request.max_total_tokens)
-        most = self.kv_cache.most_held(request.max_total_tokens, chunk)
-        shared = request.num_prompt_tokens // self.kv_cache.block_size
-        rest = [m if window else m - shared for m, window in zip(most, self.kv_cache.windows)]
-        return [most, *[np.array(rest) for _ in request.siblings]]
+        return most_held(
+            self.kv_cache.windows,
+            self.kv_cache.block_size,
+            request.num_prompt_tokens,
+            request.max_total_tokens,
+            min(self.limits.max_num_tokens, request.max_total_tokens),
+            1 + len(request.siblings),
+        )
 
     def _leave(self, request: Request) -> None:
         """Give back the slot and the blocks of a running sequence."""

@@ -142,6 +142,15 @@ def processed(
     return logits
 
 
+def history_logits(model: FakeModel, tokens: Sequence[int]) -> torch.Tensor:
+    """The logits [vocab] behind a history, without any cache."""
+    pairs = np.array(list(zip(tokens, range(len(tokens)), strict=True)), dtype=np.int64)
+    logits = logits_of([view(pairs, group.window) for group in model.kv_groups], VOCAB_SIZE).copy()
+    if model.eos is not None:
+        logits[model.eos] += 3
+    return torch.from_numpy(logits)
+
+
 def generate_alone(
     model: FakeModel, prompt: Sequence[int], params: SamplingParams, max_seq_len: int
 ) -> tuple[list[int], str]:
