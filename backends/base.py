@@ -61,6 +61,7 @@ class LoadedModel(Protocol):
 
     is_encoder: tokens see those after them: requests come whole, and `forward` gives the hidden
         states [T, hidden] of all tokens.
+    kv_groups: what `kv_groups_for(None)` gives.
     """
 
     is_encoder: bool
@@ -68,11 +69,27 @@ class LoadedModel(Protocol):
     kv_groups: tuple[KVGroup, ...]
     device: torch.device
 
-    def allocate_kv_cache(self, num_blocks: int) -> None:
-        """(Re)allocate the paged cache of every layer: num_blocks blocks for each KV group."""
+    def kv_groups_for(self, dtype: str | None) -> tuple[KVGroup, ...]:
+        """The KV groups, with the bytes of a block in this cache dtype, scales included.
+
+        dtype: a word that `inlay.passes.kv_formats.parse_kv_cache_dtype` knows; None: the model's.
+        Raises OptionError for another word.
+        """
+
+    def allocate_kv_cache(self, num_blocks: int | Sequence[int], dtype: str | None = None) -> None:
+        """(Re)allocate the paged cache of every layer: num_blocks for each KV group, or one number
+        for all of them; dtype as in `kv_groups_for`."""
+
+    def kv_tensors(self, group: int) -> list[torch.Tensor]:
+        """All that holds a group's keys and values, scales included; the first dimension is the
+        block: who copies tensor[a] to tensor[b] in each of them has copied block a to b."""
 
     def forward(self, step: StepInputs) -> torch.Tensor:
         """Run one step, writing the new tokens' keys and values; returns logits [R, vocab]."""
+
+    def forward_hidden(self, step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same; returns logits [R, vocab] and the final hidden states [T, hidden], which the
+        LM head takes: those after the last norm. An encoder gives its hidden states twice."""
 
 
 @dataclass(frozen=True)

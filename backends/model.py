@@ -12,9 +12,11 @@ from typing import Any, Protocol
 import torch
 
 from inlay.backends.base import KVGroup, ModelLimits
+from inlay.backends.kv_caches import LayerCache, blocks_of_groups, cached_layers, kv_groups
 from inlay.backends.program import AttentionStep, Program, SegmentStep
 from inlay.backends.step import StepInputs
 from inlay.errors import RequestError
+from inlay.passes.kv_formats import kv_dtype
 
 SegmentCall = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 """Weights then inputs, in the segment's own order, to its outputs."""
@@ -28,8 +30,8 @@ class AttentionOp(Protocol):
 
     def allocate(
         self, step: AttentionStep, num_blocks: int, block_size: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Empty key and value caches of one layer."""
+    ) -> LayerCache:
+        """One layer's empty cache, of any dtype in `passes/kv_formats.py`."""
 
     def __call__(
         self,
@@ -37,8 +39,7 @@ class AttentionOp(Protocol):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        cache: LayerCache,
         slot_mapping: torch.Tensor,
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
@@ -70,10 +71,10 @@ class ProgramModel:
         self.device = device
         self.observer: Observer | None = None
         self.dtype: torch.dtype = getattr(torch, program.dtype)
-        self.kv_groups = _kv_groups(program, limits.block_size, self.dtype)
+        self.kv_groups = self.kv_groups_for(None)
         self._attention = attention
         self._attention_weights = attention_weights
-        self._caches: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._caches: dict[int, LayerCache] = {}
         weight_lists = iter(weights)
         dead = _last_uses(program)
         self._plan: list[tuple[SegmentStep | AttentionStep, Any, Any, tuple[str, ...]]] = [
@@ -83,16 +84,33 @@ class ProgramModel:
             for index, step in enumerate(program.steps)
         ]
 
-    def allocate_kv_cache(self, num_blocks: int) -> None:
+    def kv_groups_for(self, dtype: str | None) -> tuple[KVGroup, ...]:
+        return kv_groups(self.program, self.limits.block_size, kv_dtype(dtype, self.dtype))
+
+    def allocate_kv_cache(self, num_blocks: int | Sequence[int], dtype: str | None = None) -> None:
+        wanted = kv_dtype(dtype, self.dtype)
+        sizes = blocks_of_groups(num_blocks, len(self.kv_groups))
         self._caches = {}  # freed before the new ones are made
-        for step in self.program.attention_steps:
-            if step.cache not in self._caches:
-                self._caches[step.cache] = self._attention.allocate(
-                    step, num_blocks, self.limits.block_size, self.dtype
-                )
+        for step in cached_layers(self.program):
+            self._caches[step.cache] = self._attention.allocate(
+                step, sizes[step.group], self.limits.block_size, wanted
+            )
+
+    def kv_tensors(self, group: int) -> list[torch.Tensor]:
+        layers = [step for step in cached_layers(self.program) if step.group == group]
+        return [tensor for step in layers for tensor in self._caches[step.cache].block_tensors]
 
     @torch.inference_mode()
     def forward(self, step: StepInputs) -> torch.Tensor:
+        return self._run(step)[self.program.logits][0]
+
+    @torch.inference_mode()
+    def forward_hidden(self, step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        values = self._run(step, keep=self.program.hidden)
+        return values[self.program.logits][0], values[self.program.hidden][0]
+
+    def _run(self, step: StepInputs, keep: str | None = None) -> dict[str, torch.Tensor]:
+        """What is left at the end: the logits, and the value to keep."""
         assert self._caches, "allocate_kv_cache was not called"
         if self.is_encoder:
             self._check_requests(step)
@@ -107,14 +125,12 @@ class ProgramModel:
                 results = segment([*weights, *[values[name] for name in call.inputs]])
                 values.update(zip(call.outputs, results, strict=True))
             else:
-                k_cache, v_cache = self._caches[call.cache]
                 values[call.output] = self._attention(
                     call,
                     values[call.query],
                     values[call.key],
                     values[call.value],
-                    k_cache,
-                    v_cache,
+                    self._caches[call.cache],
                     slots[call.group],
                     tables[call.group],
                     step.seq_lens,
@@ -128,8 +144,9 @@ class ProgramModel:
                 # Segments are compiled for dense inputs, and do not look at strides.
                 values.update(zip(names, (value.contiguous() for value in seen), strict=True))
             for name in dead:
-                del values[name]
-        return values[self.program.logits][0]
+                if name != keep:
+                    del values[name]
+        return values
 
     def _check_requests(self, step: StepInputs) -> None:
         """An encoder's steps are its users' own: no executor has checked them."""
@@ -143,24 +160,6 @@ class ProgramModel:
                 "max_seq_len"
             )
         self.limits.refuse_padding(step.input_ids[: step.num_tokens].tolist())
-
-
-def _kv_groups(program: Program, block_size: int, dtype: torch.dtype) -> tuple[KVGroup, ...]:
-    groups: dict[int, list[AttentionStep]] = {}
-    for step in {step.cache: step for step in program.attention_steps}.values():
-        groups.setdefault(step.group, []).append(step)
-    return tuple(
-        KVGroup(
-            window=steps[0].window,
-            num_layers=len(steps),
-            bytes_per_block=sum(
-                step.num_kv_heads * (step.head_dim + step.v_head_dim) for step in steps
-            )
-            * block_size
-            * dtype.itemsize,
-        )
-        for _, steps in sorted(groups.items())
-    )
 
 
 def _last_uses(program: Program) -> list[tuple[str, ...]]:

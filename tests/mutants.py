@@ -20,10 +20,10 @@ from inlay.backends.model import ProgramModel
 from inlay.lowering import attention, export, guards, partition, pipeline, rope
 from inlay.passes import (
     attention_mask,
+    attention_op,
     canonicalise,
     experts_op,
     fuse_attention,
-    ops,
     use_position_ids,
 )
 from inlay.passes.graph import calls, insert_call
@@ -93,26 +93,29 @@ def _heads_of_another_group(k: torch.Tensor) -> torch.Tensor:
 
 
 ATTENTION: dict[str, tuple[Toy, Break]] = {
-    "scale x 1.01": (MISTRAL, with_arguments(ops, "_attend", scale=lambda s: 1.01 * s)),
-    "window one too wide": (MISTRAL, with_arguments(ops, "_attend", window=more)),
-    "window one too narrow": (MISTRAL, with_arguments(ops, "_attend", window=lambda w: w - 1)),
+    "scale x 1.01": (MISTRAL, with_arguments(attention_op, "_attend", scale=lambda s: 1.01 * s)),
+    "window one too wide": (MISTRAL, with_arguments(attention_op, "_attend", window=more)),
+    "window one too narrow": (
+        MISTRAL,
+        with_arguments(attention_op, "_attend", window=lambda w: w - 1),
+    ),
     "the next token is seen": (
         MISTRAL,
-        with_arguments(ops, "_attend", query_positions=lambda p: p + 1),
+        with_arguments(attention_op, "_attend", query_positions=lambda p: p + 1),
     ),
-    "mask off": (MISTRAL, with_arguments(ops, "_attend", causal=lambda _: False)),
-    "no soft-cap": (GEMMA2, with_arguments(ops, "_attend", softcap=lambda _: 0.0)),
-    "no sinks": (GPT_OSS, with_arguments(ops, "_attend", sinks=no)),
-    "sinks of other heads": (GPT_OSS, with_arguments(ops, "_attend", sinks=other)),
-    "chunk one too large": (LLAMA4, with_arguments(ops, "_attend", chunk=more)),
-    "slopes negated": (ALIBI, with_arguments(ops, "_attend", slopes=torch.neg)),
-    "slopes dropped": (ALIBI, with_arguments(ops, "_attend", slopes=no)),
-    "slopes of other heads": (ALIBI, with_arguments(ops, "_attend", slopes=other)),
+    "mask off": (MISTRAL, with_arguments(attention_op, "_attend", causal=lambda _: False)),
+    "no soft-cap": (GEMMA2, with_arguments(attention_op, "_attend", softcap=lambda _: 0.0)),
+    "no sinks": (GPT_OSS, with_arguments(attention_op, "_attend", sinks=no)),
+    "sinks of other heads": (GPT_OSS, with_arguments(attention_op, "_attend", sinks=other)),
+    "chunk one too large": (LLAMA4, with_arguments(attention_op, "_attend", chunk=more)),
+    "slopes negated": (ALIBI, with_arguments(attention_op, "_attend", slopes=torch.neg)),
+    "slopes dropped": (ALIBI, with_arguments(attention_op, "_attend", slopes=no)),
+    "slopes of other heads": (ALIBI, with_arguments(attention_op, "_attend", slopes=other)),
     "keys of another group of heads": (
         MISTRAL,
-        with_arguments(ops, "_attend", k=_heads_of_another_group),
+        with_arguments(attention_op, "_attend", k=_heads_of_another_group),
     ),
-    "encoder made causal": (BERT, with_arguments(ops, "_attend", causal=lambda _: True)),
+    "encoder made causal": (BERT, with_arguments(attention_op, "_attend", causal=lambda _: True)),
 }
 
 # --- capture: what transformers calls, RoPE, weights ------------------------------------------
@@ -536,8 +539,8 @@ ENGINE: dict[str, tuple[Toy, Break]] = {
 }
 
 
-def _one_cache_for_all(run: Any, model: Any, num_blocks: int) -> None:
-    run(model, num_blocks)
+def _one_cache_for_all(run: Any, model: Any, *sizes: Any) -> None:
+    run(model, *sizes)
     model._caches = dict.fromkeys(model._caches, next(iter(model._caches.values())))
 
 

@@ -13,20 +13,24 @@ import inlay.passes.ops  # noqa: F401  (defines torch.ops.inlay)
 from inlay.backends.artifact import Artifact, WeightReader
 from inlay.backends.base import BuildSettings, ModelLimits
 from inlay.backends.graph_json import graph_from_json
+from inlay.backends.kv_caches import LayerCache
 from inlay.backends.model import ProgramModel, SegmentCall
 from inlay.backends.program import AttentionStep, Program
+from inlay.passes.kv_formats import make_scales
 
 
 class ReferenceAttention:
-    """`inlay::paged_attention` over caches [blocks, Hk, block_size, D]."""
+    """`inlay::paged_attention` over caches [blocks, Hk, block_size, D] of any dtype."""
 
     def allocate(
         self, step: AttentionStep, num_blocks: int, block_size: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> LayerCache:
         shape = (num_blocks, step.num_kv_heads, block_size)
-        return (
+        return LayerCache(
             torch.empty(*shape, step.head_dim, dtype=dtype),
             torch.empty(*shape, step.v_head_dim, dtype=dtype),
+            make_scales(dtype, *shape),
+            make_scales(dtype, *shape),
         )
 
     def __call__(
@@ -35,8 +39,7 @@ class ReferenceAttention:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        cache: LayerCache,
         slot_mapping: torch.Tensor,
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
@@ -45,9 +48,9 @@ class ReferenceAttention:
         slopes: torch.Tensor | None,
     ) -> torch.Tensor:
         return torch.ops.inlay.paged_attention(
-            q, k, v, k_cache, v_cache, slot_mapping, block_table, seq_lens, query_start_loc,
+            q, k, v, cache.k, cache.v, slot_mapping, block_table, seq_lens, query_start_loc,
             step.layer, step.scale, step.window, step.softcap, sinks, step.causal,
-            step.chunk, slopes,
+            step.chunk, slopes, cache.k_scales, cache.v_scales,
         )  # fmt: skip
 
 

@@ -25,9 +25,11 @@ from inlay.backends.graph_json import graph_from_json, graph_to_json
 from inlay.backends.inductor.compile import Packing, inductor_config, packed_weights
 from inlay.backends.inductor.workers import Job, compile_jobs
 from inlay.backends.kernels.cpu_ops import INTERFACE, build_ops, load_ops
+from inlay.backends.kv_caches import LayerCache
 from inlay.backends.model import ProgramModel, SegmentCall
 from inlay.backends.program import AttentionStep, Program
 from inlay.errors import ArtifactError
+from inlay.passes.kv_formats import make_scales
 from inlay.passes.ops import REFERENCES
 
 PACKAGE = "inductor.pt2"
@@ -49,14 +51,21 @@ INSTRUCTION_SETS = (
 
 
 class CpuAttention:
-    """`inlay_cpu::paged_attention`: key blocks lie transposed, [blocks, Hk, D, block_size]."""
+    """`inlay_cpu::paged_attention`: key blocks lie transposed, [blocks, Hk, D, block_size].
+
+    A cache of another dtype than the model's goes through `paged_attention_converted`, which makes
+    float32 of each tile before it attends: right, and smaller in memory, but not yet faster.
+    """
 
     def allocate(
         self, step: AttentionStep, num_blocks: int, block_size: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return (
-            torch.empty(num_blocks, step.num_kv_heads, step.head_dim, block_size, dtype=dtype),
-            torch.empty(num_blocks, step.num_kv_heads, block_size, step.v_head_dim, dtype=dtype),
+    ) -> LayerCache:
+        heads = step.num_kv_heads
+        return LayerCache(
+            torch.empty(num_blocks, heads, step.head_dim, block_size, dtype=dtype),
+            torch.empty(num_blocks, heads, block_size, step.v_head_dim, dtype=dtype),
+            make_scales(dtype, num_blocks, heads, block_size),
+            make_scales(dtype, num_blocks, heads, block_size),
         )
 
     def __call__(
@@ -65,8 +74,7 @@ class CpuAttention:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        cache: LayerCache,
         slot_mapping: torch.Tensor,
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
@@ -74,10 +82,11 @@ class CpuAttention:
         sinks: torch.Tensor | None,
         slopes: torch.Tensor | None,
     ) -> torch.Tensor:
-        return torch.ops.inlay_cpu.paged_attention(
-            q, k, v, k_cache, v_cache, slot_mapping, block_table, seq_lens, query_start_loc,
-            step.scale, step.window, step.softcap, sinks, step.causal, step.chunk, slopes,
-        )  # fmt: skip
+        batch = slot_mapping, block_table, seq_lens, query_start_loc
+        options = step.scale, step.window, step.softcap, sinks, step.causal, step.chunk, slopes
+        if cache.k.dtype == q.dtype:
+            return torch.ops.inlay_cpu.paged_attention(q, k, v, cache.k, cache.v, *batch, *options)
+        return torch.ops.inlay_cpu.paged_attention_converted(q, k, v, *cache, *batch, *options)
 
 
 class InductorBackend:

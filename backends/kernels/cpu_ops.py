@@ -6,6 +6,8 @@
   query_start_loc, scale, window, softcap, sinks, causal=True, chunk=0, slopes=None)`: as
   `inlay::paged_attention`, but keys lie transposed, k_cache [num_blocks, Hk, D, block_size];
   block_size a multiple of 16. Sinks and slopes may have any dtype.
+- `paged_attention_converted(q, k, v, k_cache, v_cache, k_scales, v_scales, slot_mapping, ...)`:
+  the same over a cache of any dtype in `passes/kv_formats.py`, with its scales or None.
 - `pack_linear(weight [N, K])` -> handle, an int64 tensor that owns the packed weight; it must be
   passed on as it is, never cloned. `linear(x [..., K], handle, bias, out_features)` -> [..., N].
 - `pack_experts(weight [E, N, K], transposed, interleaved)` -> handle of E packed weights, gate and
@@ -41,9 +43,9 @@ from inlay.errors import BuildError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
-INTERFACE = 2
-"""Goes up when an op's schema or the cache layout changes; libraries of one number can stand in
-for each other."""
+INTERFACE = 3
+"""Goes up when an op is added, or when an op's schema or the cache layout changes; libraries of
+one number can stand in for each other."""
 
 _FLAGS = ("-std=c++20", "-O3", "-fPIC")
 _ISA_FLAGS = {
@@ -241,6 +243,10 @@ def _register_fakes() -> None:
     """What torch.export and the compilers need: output shapes, without data."""
 
     @torch.library.register_fake("inlay_cpu::paged_attention")
+    def _(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+        return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+    @torch.library.register_fake("inlay_cpu::paged_attention_converted")
     def _(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
         return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 

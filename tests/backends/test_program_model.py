@@ -35,10 +35,13 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def model(artifact: Artifact) -> ProgramModel:
     model = EagerBackend().load(artifact)
     model.allocate_kv_cache(NUM_BLOCKS)
-    for caches in model._caches.values():
-        for cache in caches:
-            cache.fill_(torch.nan)  # what is read without having been written shows
+    for cache in tensors(model):
+        cache.fill_(torch.nan)  # what is read without having been written shows
     return model
+
+
+def tensors(model: ProgramModel) -> list[torch.Tensor]:
+    return [cache for group in range(len(model.kv_groups)) for cache in model.kv_tensors(group)]
 
 
 def request(ids: list[int], computed: int = 0, first: int = 0) -> StepRequest:
@@ -59,7 +62,7 @@ def test_groups_of_layers_that_keep_the_same_blocks(model: ProgramModel) -> None
     # Keys and values of 2 heads of 24 in float32.
     per_layer = 2 * (24 + 24) * BLOCK_SIZE * 4
     assert (windowed.bytes_per_block, full.bytes_per_block) == (2 * per_layer, per_layer)
-    held = sum(cache.nbytes for caches in model._caches.values() for cache in caches)
+    held = sum(cache.nbytes for cache in tensors(model))
     assert held == NUM_BLOCKS * 3 * per_layer
     assert model.dtype == torch.float32
 
@@ -90,12 +93,12 @@ def test_chunks_and_decode_steps_give_the_whole_prompts_logits(model: ProgramMod
 def test_padding_changes_nothing_and_writes_nothing(model: ProgramModel) -> None:
     requests = [request(prompt(5, 4)), request(prompt(2, 5), first=4)]
     plain = model.forward(build_step(requests, BLOCK_SIZE))
-    before = [cache.clone() for caches in model._caches.values() for cache in caches]
+    before = [cache.clone() for cache in tensors(model)]
     step = build_step(requests, BLOCK_SIZE, num_tokens=16, num_requests=5, num_logits=4)
     padded = model.forward(step)
     assert padded.shape == (4, 128)
     torch.testing.assert_close(padded[:2], plain, rtol=1e-5, atol=1e-5)
-    after = [cache for caches in model._caches.values() for cache in caches]
+    after = tensors(model)
     for old, new in zip(before, after, strict=True):
         torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-5, equal_nan=True)
     untouched = [cache[7:] for cache in after]
@@ -104,7 +107,7 @@ def test_padding_changes_nothing_and_writes_nothing(model: ProgramModel) -> None
 
 def test_a_new_cache_replaces_the_old_one(model: ProgramModel) -> None:
     model.allocate_kv_cache(3)
-    assert {caches[0].shape[0] for caches in model._caches.values()} == {3}
+    assert {cache.shape[0] for cache in tensors(model)} == {3}
 
 
 def test_without_a_cache_nothing_runs(artifact: Artifact) -> None:
@@ -130,7 +133,7 @@ def test_layers_that_share_keys_and_values_share_a_cache(tmp_path: Path) -> None
     per_layer = 2 * (24 + 24) * BLOCK_SIZE * 4
     assert {group.bytes_per_block for group in model.kv_groups} == {per_layer}
     model.allocate_kv_cache(NUM_BLOCKS)
-    held = sum(cache.nbytes for caches in model._caches.values() for cache in caches)
+    held = sum(cache.nbytes for cache in tensors(model))
     assert held == NUM_BLOCKS * 2 * per_layer
 
 

@@ -255,8 +255,10 @@ class Changed:
     def __init__(self, model: ProgramModel, change: Callable[[StepInputs], StepInputs]) -> None:
         self.limits, self.kv_groups, self.device = model.limits, model.kv_groups, model.device
         self.is_encoder = model.is_encoder
+        self.kv_groups_for, self.kv_tensors = model.kv_groups_for, model.kv_tensors
         self.allocate_kv_cache = model.allocate_kv_cache
         self.forward = lambda step: model.forward(change(step))
+        self.forward_hidden = lambda step: model.forward_hidden(change(step))
 
 
 def other_requests_table(step: StepInputs) -> StepInputs:

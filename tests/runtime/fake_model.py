@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from inlay.backends.base import KVGroup, ModelLimits
+from inlay.backends.kv_caches import blocks_of_groups
 from inlay.backends.step import PADDING_SLOT, StepInputs
 from inlay.runtime.executor import Executor
 from inlay.runtime.sampler import NO_TOKEN, Sampler
@@ -46,30 +47,42 @@ class FakeModel:
     ) -> None:
         self.is_encoder = False
         self.limits = limits
-        self.kv_groups = tuple(KVGroup(w, 1, 16 * limits.block_size) for w in windows)
+        self.windows = windows
+        self.kv_groups = self.kv_groups_for(None)
         self.device = torch.device("cpu")
         self.eos = eos
         self.steps: list[StepInputs] = []
         self.before_forward: Callable[[int], None] = lambda step_number: None
-        self._cache = np.zeros((0, 0, 2), dtype=np.int64)
+        self._caches: list[np.ndarray] = []
 
-    def allocate_kv_cache(self, num_blocks: int) -> None:
-        shape = (len(self.kv_groups), num_blocks * self.limits.block_size, 2)
-        self._cache = np.full(shape, -1, dtype=np.int64)
+    def kv_groups_for(self, dtype: str | None) -> tuple[KVGroup, ...]:
+        return tuple(KVGroup(window, 1, 16 * self.limits.block_size) for window in self.windows)
+
+    def allocate_kv_cache(self, num_blocks: int | Sequence[int], dtype: str | None = None) -> None:
+        sizes = blocks_of_groups(num_blocks, len(self.kv_groups))
+        self._caches = [np.full((n * self.limits.block_size, 2), -1) for n in sizes]
+
+    def kv_tensors(self, group: int) -> list[torch.Tensor]:
+        """[blocks, block_size, 2], shared with the cache."""
+        return [torch.from_numpy(self._caches[group]).unflatten(0, (-1, self.limits.block_size))]
 
     def forward(self, step: StepInputs) -> torch.Tensor:
+        return self.forward_hidden(step)[0]
+
+    def forward_hidden(self, step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits, and hidden states [T, 2]: each row is its token and position."""
         self.steps.append(step)
         self.before_forward(len(self.steps))
         self._check_padding(step)
         pairs = torch.stack([step.input_ids, step.position_ids], dim=-1).numpy()
         for group, slots in enumerate(step.slot_mapping.numpy()):
             written = slots != PADDING_SLOT
-            self._cache[group, slots[written]] = pairs[written]
+            self._caches[group][slots[written]] = pairs[written]
         # Padding rows are poison: whoever reads one notices.
         logits = torch.full((len(step.logits_indices), self.limits.vocab_size), torch.nan)
         for row, index in enumerate(step.logits_indices[: step.num_logits].tolist()):
             logits[row] = torch.from_numpy(self._logits_at(step, index))
-        return logits
+        return logits, torch.from_numpy(pairs).float()
 
     def _logits_at(self, step: StepInputs, index: int) -> np.ndarray:
         request = int(np.searchsorted(step.query_start_loc.numpy(), index, side="right")) - 1
@@ -80,7 +93,7 @@ class FakeModel:
             blocks = step.block_tables[group, request].numpy().astype(np.int64)
             positions = np.arange(size)
             slots = blocks[positions // block_size] * block_size + positions % block_size
-            cached.append(view(self._cache[group, slots], config.window))
+            cached.append(view(self._caches[group][slots], config.window))
         logits = logits_of(cached, self.limits.vocab_size).copy()
         if self.eos is not None:
             logits[self.eos] += 3

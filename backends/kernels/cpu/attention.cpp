@@ -61,8 +61,18 @@ template <>
 constexpr bool kInCache<Converted> = false;
 
 template <class T>
+constexpr bool kTokenScales = false;
+template <>
+constexpr bool kTokenScales<Int8> = true;
+template <class T>
+constexpr bool kLayerScale = false;
+template <>
+constexpr bool kLayerScale<Float8> = true;
+
+template <class T>
 struct Groups {
   const T *k[kGroups], *v[kGroups];  // of each kGroup tokens
+  int64_t scale[kGroups];            // where the scales of a group's tokens begin
 };
 
 // A tile of K and V as the register blocks see it. What is in the cache has to come from memory:
@@ -256,9 +266,25 @@ static Groups<T> find_groups(const AttentionArgs& a, const WorkItem& w, int star
     const int64_t block = a.block_table[w.request * a.max_blocks + nearest / a.block_size];
     const int64_t head = block * a.kv_heads + w.kv_head, offset = nearest % a.block_size;
     groups.k[g] = (const T*)a.k_cache + head * a.d * a.block_size + offset;
-    groups.v[g] = (const T*)a.v_cache + (head * a.block_size + offset) * a.dv;
+    groups.scale[g] = head * a.block_size + offset;
+    groups.v[g] = (const T*)a.v_cache + groups.scale[g] * a.dv;
   }
   return groups;
+}
+
+// Keys of kLanes tokens, the first with this scale; values of one token.
+template <class T>
+INLAY_INLINE VecF load_k(const AttentionArgs& a, const T* p, int64_t scale) {
+  if constexpr (kTokenScales<T>) return load(p) * load(a.k_scales + scale);
+  else if constexpr (kLayerScale<T>) return load(p) * *a.k_scales;
+  else return load(p);
+}
+
+template <class T>
+INLAY_INLINE VecF times_v_scale(const AttentionArgs& a, VecF v, int64_t scale) {
+  if constexpr (kTokenScales<T>) return v * a.v_scales[scale];
+  else if constexpr (kLayerScale<T>) return v * *a.v_scales;
+  else return v;
 }
 
 template <class T>
@@ -274,13 +300,17 @@ static Tile<Converted> convert_tile(const AttentionArgs& a, const Tile<T>& in, i
     if (start + kGroup <= lo || start >= hi) continue;
     for (int i = 0; i < a.d; ++i)
       for (int t = 0; t < kGroup; t += kLanes)
-        store(k + i * kTile + g * kGroup + t, load(in.here.k[g] + i * in.k_stride + t));
+        store(k + i * kTile + g * kGroup + t,
+              load_k(a, in.here.k[g] + i * in.k_stride + t, in.here.scale[g] + t));
     for (int t = imax(lo - start, 0); t < imin(hi - start, kGroup); ++t) {
       Converted* to = v + (g * kGroup + t) * width;
       const T* from = in.here.v[g] + t * in.v_stride;
+      const int64_t scale = in.here.scale[g] + t;
       int c = 0;
-      for (; c + kLanes <= a.dv; c += kLanes) store(to + c, load(from + c));
-      for (; c < width; c += kLanes) store(to + c, load_first(from + c, imax(0, a.dv - c)));
+      for (; c + kLanes <= a.dv; c += kLanes)
+        store(to + c, times_v_scale<T>(a, load(from + c), scale));
+      for (; c < width; c += kLanes)
+        store(to + c, times_v_scale<T>(a, load_first(from + c, imax(0, a.dv - c)), scale));
     }
   }
   return out;
@@ -350,18 +380,36 @@ static void attend_split(const AttentionArgs& a, const WorkItem& w, int split, c
   const int rows = w.row_end - w.row_begin;
   const int lo = imax(visible(a, w, w.row_begin).lo, split * inlay::kSplit);
   const int hi = imin(visible(a, w, w.row_end - 1).hi, (split + 1) * inlay::kSplit);
-  const bool direct = rows <= kDirectRows && a.dv % kGroup == 0;
+  constexpr bool scaled = kTokenScales<T> || kLayerScale<T>;
+  const bool direct = !scaled && rows <= kDirectRows && a.dv % kGroup == 0;
   int start = lo / kTile * kTile;
   Tile<T> tile{{}, find_groups<T>(a, w, start, lo, hi), a.block_size, a.dv, start};
   for (; start < hi; start += kTile) {
     tile.start = start;
     tile.here = tile.next;
     if (start + kTile < hi) tile.next = find_groups<T>(a, w, start + kTile, lo, hi);
-    if (direct) attend_rows<T>(a, w, tile, q, state);
-    else attend_rows<Converted>(a, w, convert_tile<T>(a, tile, lo, hi, tile_memory), q, state);
+    if constexpr (!scaled) {
+      if (direct) {
+        attend_rows<T>(a, w, tile, q, state);
+        continue;
+      }
+    }
+    attend_rows<Converted>(a, w, convert_tile<T>(a, tile, lo, hi, tile_memory), q, state);
   }
 }
 
+static void attend_split(const AttentionArgs& a, const WorkItem& w, int split, const float* q,
+                         float* tile_memory, State state) {
+  switch (a.cache_dtype) {
+    case DType::kFloat32: return attend_split<float>(a, w, split, q, tile_memory, state);
+    case DType::kBFloat16: return attend_split<BFloat16>(a, w, split, q, tile_memory, state);
+    case DType::kFloat16: return attend_split<Float16>(a, w, split, q, tile_memory, state);
+    case DType::kFloat8: return attend_split<Float8>(a, w, split, q, tile_memory, state);
+    case DType::kInt8: return attend_split<Int8>(a, w, split, q, tile_memory, state);
+  }
+}
+
+// T: of queries and outputs.
 template <class T>
 static void attend_typed(const AttentionArgs& a, const WorkItem& w, float* scratch) {
   const int rows = w.row_end - w.row_begin;
@@ -371,10 +419,10 @@ static void attend_typed(const AttentionArgs& a, const WorkItem& w, float* scrat
   State next(states + state_floats(a, rows), rows, a);
   load_queries<T>(a, w, q, tile_memory);
   total.reset(rows);
-  attend_split<T>(a, w, w.first_split, q, tile_memory, total);
+  attend_split(a, w, w.first_split, q, tile_memory, total);
   for (int split = w.first_split + 1; split <= w.last_split; ++split) {
     next.reset(rows);
-    attend_split<T>(a, w, split, q, tile_memory, next);
+    attend_split(a, w, split, q, tile_memory, next);
     merge(total, next, rows);
   }
   if (!w.partial) write_rows<T>(a, w, total);
@@ -397,7 +445,7 @@ void attend(const AttentionArgs& a, const WorkItem& w, float* scratch) {
   switch (a.dtype) {
     case DType::kFloat32: return attend_typed<float>(a, w, scratch);
     case DType::kBFloat16: return attend_typed<BFloat16>(a, w, scratch);
-    case DType::kFloat16: return attend_typed<Float16>(a, w, scratch);
+    default: return attend_typed<Float16>(a, w, scratch);
   }
 }
 
@@ -405,7 +453,7 @@ void finish(const AttentionArgs& a, const WorkItem& w, float* partials) {
   switch (a.dtype) {
     case DType::kFloat32: return finish_typed<float>(a, w, partials);
     case DType::kBFloat16: return finish_typed<BFloat16>(a, w, partials);
-    case DType::kFloat16: return finish_typed<Float16>(a, w, partials);
+    default: return finish_typed<Float16>(a, w, partials);
   }
 }
 

@@ -13,13 +13,14 @@ constexpr int kGroup = 16;    // tokens that lie in one cache block for certain
 constexpr int kMaxRows = 96;  // of one work item
 constexpr int kMaxLanes = 16;
 
-enum class DType : int { kFloat32, kBFloat16, kFloat16 };
+enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat8, kInt8 };
 
 struct AttentionArgs {
-  DType dtype;
+  DType dtype, cache_dtype;
   const void* q;        // [tokens, q_heads, d], strides below in elements
   const void* k_cache;  // [blocks, kv_heads, d, block_size]
   const void* v_cache;  // [blocks, kv_heads, block_size, dv]
+  const float *k_scales, *v_scales;  // int8: [blocks, kv_heads, block_size]; fp8: [1]; or null
   void* out;            // [tokens, q_heads, dv]
   const int32_t* block_table;  // [requests, max_blocks]
   const float* sinks;          // [q_heads] or null

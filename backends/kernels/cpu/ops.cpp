@@ -22,6 +22,12 @@ TORCH_LIBRARY(inlay_cpu, m) {
       "Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor query_start_loc, "
       "float scale, int window, float softcap, Tensor? sinks, bool causal=True, int chunk=0, "
       "Tensor? slopes=None) -> Tensor");
+  m.def(
+      "paged_attention_converted(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor slot_mapping, "
+      "Tensor block_table, Tensor seq_lens, Tensor query_start_loc, float scale, int window, "
+      "float softcap, Tensor? sinks, bool causal=True, int chunk=0, Tensor? slopes=None) "
+      "-> Tensor");
   m.def("pack_linear(Tensor weight) -> Tensor");
   m.def("linear(Tensor x, Tensor handle, Tensor? bias, int out_features) -> Tensor");
   m.def("pack_experts(Tensor weight, bool transposed=False, bool interleaved=False) -> Tensor");
@@ -40,6 +46,7 @@ TORCH_LIBRARY(inlay_cpu, m) {
 
 TORCH_LIBRARY_IMPL(inlay_cpu, CPU, m) {
   m.impl("paged_attention", &inlay::paged_attention);
+  m.impl("paged_attention_converted", &inlay::paged_attention_converted);
   m.impl("pack_linear", &inlay::pack_linear);
   m.impl("linear", &inlay::linear);
   m.impl("pack_experts", &inlay::pack_experts);

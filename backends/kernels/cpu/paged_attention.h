@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "experts.h"
+#include "kv_write.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -16,8 +17,6 @@
 
 namespace inlay {
 namespace {
-
-using at::Tensor;
 
 struct Isa {
   const char* name;
@@ -71,10 +70,6 @@ void set_isa(const std::string& name) {
               "; got '", name, "'");
 }
 
-struct Inputs {
-  const Tensor &q, &k, &v, &k_cache, &v_cache, &slots, &block_table, &seq_lens, &starts;
-};
-
 void check_shape(const char* name, const Tensor& x, at::IntArrayRef shape) {
   bool same = x.dim() == static_cast<int64_t>(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = shape[i] < 0 || x.size(i) == shape[i];
@@ -90,15 +85,43 @@ void check_index(const char* name, const Tensor& x, at::ScalarType dtype, at::In
               x.strides());
 }
 
-DType check_inputs(const Inputs& in) {
+DType kernel_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    case at::kFloat8_e4m3fn: return DType::kFloat8;
+    case at::kChar: return DType::kInt8;
+    default: TORCH_CHECK(false, "paged_attention: k_cache must be float32, bfloat16, float16, "
+                         "float8_e4m3fn or int8, got ", dtype);
+  }
+}
+
+void check_scales(const char* name, const Tensor& scales, const Tensor& cache, int64_t block_size) {
+  const auto dtype = cache.scalar_type();
+  const bool wanted = dtype == at::kChar || dtype == at::kFloat8_e4m3fn;
+  TORCH_CHECK(scales.defined() == wanted, "paged_attention: a cache of ", dtype,
+              wanted ? " needs " : " takes no ", name);
+  if (dtype == at::kChar)
+    check_index(name, scales, at::kFloat, {cache.size(0), cache.size(1), block_size});
+  if (dtype == at::kFloat8_e4m3fn) check_index(name, scales, at::kFloat, {1});
+}
+
+void check_dtypes(const Inputs& in, bool any_cache) {
   const auto dtype = in.q.scalar_type();
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
               "paged_attention: q must be float32, bfloat16 or float16, got ", dtype);
-  const std::pair<const char*, const Tensor*> alike[] = {
-      {"k", &in.k}, {"v", &in.v}, {"k_cache", &in.k_cache}, {"v_cache", &in.v_cache}};
-  for (auto& [name, x] : alike)
-    TORCH_CHECK(x->scalar_type() == dtype, "paged_attention: ", name, " must have q's dtype ",
-                dtype, ", got ", x->scalar_type());
+  const auto check = [](const char* name, const Tensor& x, const char* other, at::ScalarType its) {
+    TORCH_CHECK(x.scalar_type() == its, "paged_attention: ", name, " must have ", other,
+                "'s dtype ", its, ", got ", x.scalar_type());
+  };
+  check("k", in.k, "q", dtype);
+  check("v", in.v, "q", dtype);
+  if (!any_cache) check("k_cache", in.k_cache, "q", dtype);
+  check("v_cache", in.v_cache, "k_cache", in.k_cache.scalar_type());
+}
+
+void check_inputs(const Inputs& in) {
   check_shape("q", in.q, {-1, -1, -1});
   const int64_t tokens = in.q.size(0), heads = in.q.size(1), d = in.q.size(2);
   check_shape("k", in.k, {tokens, -1, d});
@@ -114,6 +137,8 @@ DType check_inputs(const Inputs& in) {
   TORCH_CHECK(block_size > 0 && block_size % kGroup == 0,
               "paged_attention: the block size must be a multiple of ", kGroup, ", got ",
               block_size);
+  check_scales("k_scales", in.k_scales, in.k_cache, block_size);
+  check_scales("v_scales", in.v_scales, in.v_cache, block_size);
   TORCH_CHECK(in.k_cache.is_contiguous() && in.v_cache.is_contiguous(),
               "paged_attention: k_cache and v_cache must be contiguous");
   for (const Tensor* x : {&in.q, &in.k, &in.v})
@@ -130,41 +155,6 @@ DType check_inputs(const Inputs& in) {
   for (int64_t t = 0; t < tokens; ++t)
     TORCH_CHECK(slots[t] < blocks * block_size, "paged_attention: slot_mapping[", t, "] is ",
                 slots[t], ", the cache has ", blocks * block_size, " slots");
-  return dtype == at::kFloat      ? DType::kFloat32
-         : dtype == at::kBFloat16 ? DType::kBFloat16
-                                  : DType::kFloat16;
-}
-
-// K and V of the tokens [begin, end) of one head go into the cache.
-// E: an unsigned integer of the dtype's size; nothing is computed here.
-template <class E>
-void write_tokens(const Inputs& in, int64_t head, int64_t begin, int64_t end) {
-  const int64_t heads = in.k.size(1), d = in.k.size(2), dv = in.v.size(2);
-  const int64_t block_size = in.k_cache.size(3), k_token = in.k.stride(0);
-  const int64_t* slots = in.slots.const_data_ptr<int64_t>();
-  const E* k = static_cast<const E*>(in.k.const_data_ptr()) + head * in.k.stride(1);
-  const E* v = static_cast<const E*>(in.v.const_data_ptr()) + head * in.v.stride(1);
-  E* k_cache = static_cast<E*>(in.k_cache.mutable_data_ptr());
-  E* v_cache = static_cast<E*>(in.v_cache.mutable_data_ptr());
-  for (int64_t t = begin, run; t < end; t += run) {
-    const int64_t slot = slots[t];
-    // Neighbours of one block go together, since a lone token touches d/2 cache lines of K.
-    run = 1;
-    while (t + run < end && slots[t + run] == slot + run && (slot + run) % block_size != 0) ++run;
-    if (slot < 0) continue;
-    const int64_t place = slot / block_size * heads + head, offset = slot % block_size;
-    E* k_to = k_cache + place * d * block_size + offset;
-    for (int64_t i = 0; i < d; ++i)
-      for (int64_t j = 0; j < run; ++j) k_to[i * block_size + j] = k[(t + j) * k_token + i];
-    E* v_to = v_cache + (place * block_size + offset) * dv;
-    for (int64_t j = 0; j < run; ++j)
-      std::copy_n(v + (t + j) * in.v.stride(0), dv, v_to + j * dv);
-  }
-}
-
-void write_tokens(const Inputs& in, int64_t head, int64_t begin, int64_t end) {
-  if (in.k.element_size() == 4) write_tokens<uint32_t>(in, head, begin, end);
-  else write_tokens<uint16_t>(in, head, begin, end);
 }
 
 void check_request(const Inputs& in, const AttentionArgs& a, int64_t b, int seq_len, int begin,
@@ -358,28 +348,29 @@ Tensor per_head(const char* name, const std::optional<Tensor>& given, int64_t he
   return given->to(at::kFloat).contiguous();
 }
 
-Tensor paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& k_cache,
-                       Tensor& v_cache, const Tensor& slot_mapping, const Tensor& block_table,
-                       const Tensor& seq_lens, const Tensor& query_start_loc, double scale,
-                       int64_t window, double softcap, const std::optional<Tensor>& sinks,
-                       bool causal, int64_t chunk, const std::optional<Tensor>& slopes) {
-  const Inputs in{q, k, v, k_cache, v_cache, slot_mapping, block_table, seq_lens, query_start_loc};
-  const DType dtype = check_inputs(in);
+Tensor attend(const Inputs& in, double scale, int64_t window, double softcap,
+              const std::optional<Tensor>& sinks, bool causal, int64_t chunk,
+              const std::optional<Tensor>& slopes) {
+  check_inputs(in);
   TORCH_CHECK(window >= 0, "paged_attention: window must be 0 (all) or positive, got ", window);
   TORCH_CHECK(softcap >= 0, "paged_attention: softcap must be 0 (none) or positive, got ", softcap);
   TORCH_CHECK(chunk >= 0, "paged_attention: chunk must be 0 (none) or positive, got ", chunk);
-  const Tensor sink_logits = per_head("sinks", sinks, q.size(1));
-  const Tensor head_slopes = per_head("slopes", slopes, q.size(1));
-  Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
+  const Tensor sink_logits = per_head("sinks", sinks, in.q.size(1));
+  const Tensor head_slopes = per_head("slopes", slopes, in.q.size(1));
+  const auto floats = [](const Tensor& x) {
+    return x.defined() ? x.const_data_ptr<float>() : nullptr;
+  };
+  Tensor out = at::empty({in.q.size(0), in.q.size(1), in.v.size(2)}, in.q.options());
   const AttentionArgs a{
-      dtype, q.const_data_ptr(), k_cache.const_data_ptr(), v_cache.const_data_ptr(),
-      out.mutable_data_ptr(), block_table.const_data_ptr<int>(),
-      sink_logits.defined() ? sink_logits.const_data_ptr<float>() : nullptr,
-      head_slopes.defined() ? head_slopes.const_data_ptr<float>() : nullptr,
+      kernel_dtype(in.q.scalar_type()), kernel_dtype(in.k_cache.scalar_type()),
+      in.q.const_data_ptr(), in.k_cache.const_data_ptr(), in.v_cache.const_data_ptr(),
+      floats(in.k_scales), floats(in.v_scales), out.mutable_data_ptr(),
+      in.block_table.const_data_ptr<int>(), floats(sink_logits), floats(head_slopes),
       head_slopes.defined() && slopes->scalar_type() == at::kBFloat16,
-      q.stride(0), q.stride(1), block_table.size(1),
-      static_cast<int>(q.size(1)), static_cast<int>(k.size(1)), static_cast<int>(q.size(2)),
-      static_cast<int>(v.size(2)), static_cast<int>(k_cache.size(3)),
+      in.q.stride(0), in.q.stride(1), in.block_table.size(1),
+      static_cast<int>(in.q.size(1)), static_cast<int>(in.k.size(1)),
+      static_cast<int>(in.q.size(2)), static_cast<int>(in.v.size(2)),
+      static_cast<int>(in.k_cache.size(3)),
       static_cast<int>(std::min<int64_t>(window, INT32_MAX)),
       static_cast<int>(std::min<int64_t>(chunk, INT32_MAX)),
       static_cast<float>(scale), static_cast<float>(softcap), causal};
@@ -389,6 +380,29 @@ Tensor paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, Tensor
   zero_padding(in, out);
   run_plan(in, a, plan, kernels, threads);
   return out;
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& k_cache,
+                       Tensor& v_cache, const Tensor& slot_mapping, const Tensor& block_table,
+                       const Tensor& seq_lens, const Tensor& query_start_loc, double scale,
+                       int64_t window, double softcap, const std::optional<Tensor>& sinks,
+                       bool causal, int64_t chunk, const std::optional<Tensor>& slopes) {
+  const Inputs in{q, k, v, k_cache, v_cache, slot_mapping, block_table, seq_lens, query_start_loc,
+                  {}, {}};
+  check_dtypes(in, false);
+  return attend(in, scale, window, softcap, sinks, causal, chunk, slopes);
+}
+
+Tensor paged_attention_converted(
+    const Tensor& q, const Tensor& k, const Tensor& v, Tensor& k_cache, Tensor& v_cache,
+    std::optional<Tensor> k_scales, std::optional<Tensor> v_scales, const Tensor& slot_mapping,
+    const Tensor& block_table, const Tensor& seq_lens, const Tensor& query_start_loc, double scale,
+    int64_t window, double softcap, const std::optional<Tensor>& sinks, bool causal, int64_t chunk,
+    const std::optional<Tensor>& slopes) {
+  const Inputs in{q, k, v, k_cache, v_cache, slot_mapping, block_table, seq_lens, query_start_loc,
+                  k_scales.value_or(Tensor{}), v_scales.value_or(Tensor{})};
+  check_dtypes(in, true);
+  return attend(in, scale, window, softcap, sinks, causal, chunk, slopes);
 }
 
 }  // namespace

@@ -24,9 +24,13 @@ typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+typedef uint8_t VecB __attribute__((vector_size(kLanes)));
+typedef int8_t VecC __attribute__((vector_size(kLanes)));
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
+struct Float8 { uint8_t bits; };  // e4m3fn: no infinities, NaN with all bits set
+struct Int8 { int8_t value; };
 
 #define INLAY_INLINE static inline __attribute__((always_inline))
 #define INLAY_NOINLINE __attribute__((noinline))  // leaves all registers to an inner loop
@@ -102,6 +106,16 @@ INLAY_INLINE float reduce_max(VecF v) {
   return m;
 }
 #endif
+
+INLAY_INLINE VecF load(const Int8* p) {
+  return __builtin_convertvector(__builtin_convertvector(load_as<VecC>(p), VecI), VecF);
+}
+INLAY_INLINE VecF load(const Float8* p) {
+  VecU u = __builtin_convertvector(load_as<VecB>(p), VecU);
+  VecU sign = (u & 0x80) << 24, magnitude = u & 0x7f;
+  VecU finite = (VecU)((VecF)(magnitude << 20) * 0x1p120f);  // exponents' biases: 127 - 7
+  return (VecF)((magnitude == 0x7f ? (VecU{} + 0x7fc00000) : finite) | sign);
+}
 
 template <class T>
 INLAY_INLINE VecF load_first(const T* p, int count) {

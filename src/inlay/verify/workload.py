@@ -66,14 +66,23 @@ class _Recorder:
         self.steps: list[StepInputs] = []
         self.logits = torch.empty(0)
 
-    def allocate_kv_cache(self, num_blocks: int) -> None:
-        self._model.allocate_kv_cache(num_blocks)
+    def kv_groups_for(self, dtype: str | None) -> tuple[KVGroup, ...]:
+        return self._model.kv_groups_for(dtype)
+
+    def allocate_kv_cache(self, num_blocks: int | Sequence[int], dtype: str | None = None) -> None:
+        self._model.allocate_kv_cache(num_blocks, dtype)
+
+    def kv_tensors(self, group: int) -> list[torch.Tensor]:
+        return self._model.kv_tensors(group)
 
     def forward(self, step: StepInputs) -> torch.Tensor:
+        return self.forward_hidden(step)[0]
+
+    def forward_hidden(self, step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         self.steps.append(step)
-        logits = self._model.forward(step)
+        logits, hidden = self._model.forward_hidden(step)
         self.logits = logits[: step.num_logits].float().cpu()
-        return logits
+        return logits, hidden
 
 
 def prompt_lengths(
