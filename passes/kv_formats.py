@@ -36,14 +36,13 @@ def parse_kv_cache_dtype(word: str) -> str:
 
     Raises OptionError for any other word.
     """
-    name = _ALIASES.get(word, word) if isinstance(word, str) else word
-    if name != "auto" and name not in KV_CACHE_DTYPES:
-        allowed = ["auto", *KV_CACHE_DTYPES, *_ALIASES]
+    allowed = ["auto", *KV_CACHE_DTYPES, *_ALIASES]
+    if word not in allowed:
         raise OptionError(
             f"kv_cache_dtype must be one of {', '.join(allowed)}; given {word!r}: 'auto' keeps "
             "keys and values in the model's dtype"
         )
-    return name
+    return _ALIASES.get(word, word)
 
 
 def kv_dtype(word: str | None, model_dtype: torch.dtype) -> torch.dtype:

@@ -23,12 +23,13 @@ import torch
 from inlay import LLM, CompileOptions, Engine, SamplingParams, compile_model
 from inlay.backends.artifact import MANIFEST, write_manifest
 from inlay.backends.base import BuildSettings, ModelLimits
-from inlay.backends.eager.backend import interpret
+from inlay.backends.eager.backend import EagerBackend, interpret
 from inlay.backends.graph_json import graph_from_json, graph_to_json
 from inlay.backends.inductor.backend import OPS, PACKAGE, InductorBackend, _load_package
 from inlay.backends.inductor.compile import packed_weights
 from inlay.backends.kernels.cpu_ops import build_ops
 from inlay.backends.model import SegmentCall
+from inlay.backends.step import StepRequest, build_step
 from inlay.engine import build
 from inlay.errors import ArtifactError, BuildError
 from inlay.lowering.capture import capture
@@ -95,6 +96,24 @@ def test_every_segment_at_every_size_in_float32(engine: Engine) -> None:
         for size in SIZES:
             outputs = compare(graph, compiled, size, 1e-5)
             assert any(size in output.shape for output in outputs)
+
+
+@pytest.mark.parametrize(("dtype", "loss"), [("int8", 2.0**-6), ("fp8", 2.0**-4)])
+def test_quantized_caches_and_hidden_states(engine: Engine, dtype: str, loss: float) -> None:
+    """Against eager over the model's own cache; see test_kv_cache_model.py for the bound."""
+    ours, eager = engine.load_model(), EagerBackend().load(engine.artifact)
+    ours.allocate_kv_cache((8,), dtype)
+    eager.allocate_kv_cache(8)
+    for begin, end in ((0, 20), (20, 21), (21, 40)):
+        tokens = [StepRequest(list(range(begin, end)), begin, [[5, 2, 7]])]
+        logits, hidden = ours.forward_hidden(build_step(tokens, 16, num_tokens=24))
+        kept = hidden.clone()
+        expected, theirs = eager.forward_hidden(build_step(tokens, 16, num_tokens=24))
+        for got, exact in ((logits[0], expected[0]), (hidden[: end - begin], theirs)):
+            size = exact[: len(got)].square().mean().sqrt()
+            assert (got - exact[: len(got)]).square().mean().sqrt() <= 6 * loss * size
+        ours.forward(build_step(tokens, 16, num_tokens=24))
+        assert torch.equal(hidden, kept)  # compiled code does not take its memory back
 
 
 def test_a_middle_segment_at_every_size_in_bfloat16(tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ void check_dtypes(const Inputs& in, bool any_cache) {
   };
   check("k", in.k, "q", dtype);
   check("v", in.v, "q", dtype);
-  if (!any_cache) check("k_cache", in.k_cache, "q", dtype);
+  if (any_cache) kernel_dtype(in.k_cache.scalar_type());
+  else check("k_cache", in.k_cache, "q", dtype);
   check("v_cache", in.v_cache, "k_cache", in.k_cache.scalar_type());
 }
 
