@@ -115,6 +115,17 @@ class Request:
         """Whether all that is left to run is the token sampled last."""
         return len(self.token_ids) > self.num_prompt_tokens and self.num_uncomputed_tokens == 1
 
+    @property
+    def needs_history(self) -> bool:
+        """Whether its next token cannot be sampled before the host has seen the last."""
+        params = self.params
+        return bool(
+            params.no_repeat_ngram_size
+            or params.logits_processors
+            or params.use_beam_search
+            or any(len(word) > 1 for word in params.bad_words_ids or ())
+        )
+
     def append(self, token_id: int) -> tuple[FinishReason | None, int | None]:
         """Take a sampled token; returns why this ends the request (or None), and the stop id."""
         self.token_ids.append(token_id)

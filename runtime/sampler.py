@@ -7,6 +7,8 @@ Parameters live in tensors by slot (a running request's place), and the chosen t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,39 +29,95 @@ ARGMAX_BLOCK = 256
 """amax is ten times as fast as argmax on a CPU: reduce blocks first, then search one block."""
 
 
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy on the device, on CUDA without waiting for it: from pinned memory, in stream order."""
+    host = torch.from_numpy(array)
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class SlotValues:
+    """Parameters of M new requests on their way to the device.
+
+    integers: int64 [3, M], slot, seed, top_k. floats: float64 [4, M], in the order of `Sampler`.
+    """
+
+    integers: np.ndarray
+    floats: np.ndarray
+
+
+@dataclass(frozen=True)
+class DrawGroup:
+    """Rows that are sampled alike. typical: which of them have typical_p. width: see
+    `sample_truncated`. needs_total: whether any has top_p without top_k."""
+
+    kind: int
+    rows: np.ndarray
+    has_min_p: bool
+    typical: np.ndarray
+    width: int
+    needs_total: bool
+
+
+@dataclass(frozen=True)
+class Draws:
+    """One step's sampling of N rows: their slots, the positions of their tokens, their groups."""
+
+    slots: np.ndarray
+    positions: np.ndarray
+    groups: tuple[DrawGroup, ...]
+
+
 class Sampler:
-    """The sampling state of all slots; `sample` is one step's call."""
+    """The sampling state of all slots.
+
+    `plan` and `plan_slots` use only the host's part of it, the launches only the device's, so that
+    a step may be planned while the one before it runs.
+    """
 
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
         self.device = device
         self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._seeds = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._temperature = torch.ones(max_num_seqs, dtype=torch.float32, device=device)
-        self._top_k = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._top_p = torch.ones(max_num_seqs, dtype=torch.float64, device=device)
-        self._log_min_p = torch.zeros(max_num_seqs, dtype=torch.float32, device=device)
-        self._typical_p = torch.ones(max_num_seqs, dtype=torch.float64, device=device)
-        # The host decides which path a row takes; a copy here saves waiting for the device.
+        # Of the device: seed, top_k; temperature, top_p, log(min_p), typical_p.
+        self._integers = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=device)
+        self._floats = torch.ones(4, max_num_seqs, dtype=torch.float64, device=device)
+        # Of the host, which decides the path that a row takes.
         self._kind = np.zeros(max_num_seqs, dtype=np.int8)
-        self._host_top_k = np.zeros(max_num_seqs, dtype=np.int64)
+        self._top_k = np.zeros(max_num_seqs, dtype=np.int64)
         self._has_min_p = np.zeros(max_num_seqs, dtype=bool)
         self._is_typical = np.zeros(max_num_seqs, dtype=bool)
 
     def set_slot(self, slot: int, params: SamplingParams, seed: int) -> None:
         """Take over a new request's parameters; seed is any integer of 64 bits."""
-        truncated = params.top_k > 0 or params.top_p < 1
-        kind = GREEDY if params.is_greedy else TRUNCATED if truncated else PLAIN
-        self._kind[slot] = kind
-        self._host_top_k[slot] = max(params.top_k, 0)
-        if kind == GREEDY:
-            return
-        self._seeds[slot] = seed - 2**64 if seed >= 2**63 else seed
-        self._temperature[slot] = params.temperature
-        self._top_k[slot] = max(params.top_k, 0)
-        self._top_p[slot] = params.top_p
-        self._has_min_p[slot], self._is_typical[slot] = params.min_p > 0, params.typical_p < 1
-        self._log_min_p[slot] = math.log(params.min_p) if params.min_p > 0 else -math.inf
-        self._typical_p[slot] = params.typical_p
+        self.launch_slots(self.plan_slots([(slot, params, seed)]))
+
+    def plan_slots(self, new: Sequence[tuple[int, SamplingParams, int]]) -> SlotValues:
+        """The host's half of set_slot, for several (slot, params, seed)."""
+        integers, floats = [], []
+        for slot, params, seed in new:
+            truncated = params.top_k > 0 or params.top_p < 1
+            kind = GREEDY if params.is_greedy else TRUNCATED if truncated else PLAIN
+            top_k = max(params.top_k, 0)
+            self._kind[slot], self._top_k[slot] = kind, top_k
+            self._has_min_p[slot], self._is_typical[slot] = params.min_p > 0, params.typical_p < 1
+            log_min_p = math.log(params.min_p) if params.min_p > 0 else -math.inf
+            integers.append((slot, seed - 2**64 if seed >= 2**63 else seed, top_k))
+            # A greedy row's temperature is not used, and must not be zero.
+            temperature = 1.0 if kind == GREEDY else params.temperature
+            floats.append((temperature, params.top_p, log_min_p, params.typical_p))
+        return SlotValues(
+            np.array(integers, dtype=np.int64).reshape(-1, 3).T.copy(),
+            np.array(floats, dtype=np.float64).reshape(-1, 4).T.copy(),
+        )
+
+    def launch_slots(self, values: SlotValues) -> None:
+        """The device's half of set_slot."""
+        if values.integers.size:
+            integers = to_device(values.integers, self.device)
+            self._integers[:, integers[0]] = integers[1:]
+            self._floats[:, integers[0]] = to_device(values.floats, self.device)
 
     def sample(
         self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray
@@ -70,55 +128,76 @@ class Sampler:
         slots, positions: int64 [N], the row's slot and the position its token will take.
         Returns int64 [N] on the device; -1 where the logits are NaN, or -inf all of them.
         """
-        logits = logits[: len(slots)]
-        on_device = torch.from_numpy(slots).to(self.device)
-        kinds = self._kind[slots]
-        if not kinds.any():
-            tokens = first_argmax(logits)
-        else:
-            where = torch.from_numpy(positions).to(self.device)
-            tokens = torch.empty(len(slots), dtype=torch.int64, device=self.device)
-            for kind in np.unique(kinds):
-                rows = np.flatnonzero(kinds == kind)
-                index = torch.from_numpy(rows).to(self.device)
-                picked = logits if len(rows) == len(slots) else logits[index]
-                tokens[index] = self._sample_kind(
-                    int(kind), picked, on_device[index], where[index], slots[rows]
-                )
-        self.last_tokens[on_device] = tokens
-        sound = logits.gather(1, tokens[:, None]).squeeze(1).isfinite()
-        return torch.where(sound, tokens, NO_TOKEN)
+        return self.launch(self.plan(slots, positions), logits)
 
-    def _sample_kind(
+    def plan(self, slots: np.ndarray, positions: np.ndarray) -> Draws:
+        """The host's half of sample."""
+        kinds, groups = self._kind[slots], []
+        for kind in np.unique(kinds).tolist():
+            rows = np.flatnonzero(kinds == kind)
+            top_k, sampled = self._top_k[slots[rows]], kind != GREEDY
+            # Room beyond the largest k shows whether tokens tied with the last one were cut off.
+            width = max(TOP_P_WIDTH if (top_k == 0).any() else 64, 2 * int(top_k.max()))
+            groups.append(
+                DrawGroup(
+                    kind=kind,
+                    rows=rows,
+                    has_min_p=sampled and bool(self._has_min_p[slots[rows]].any()),
+                    typical=np.flatnonzero(self._is_typical[slots[rows]] & sampled),
+                    width=width,
+                    needs_total=bool((top_k == 0).any()),
+                )
+            )
+        return Draws(slots, positions, tuple(groups))
+
+    def launch(self, draws: Draws, logits: torch.Tensor) -> torch.Tensor:
+        """The device's half of sample."""
+        count = len(draws.slots)
+        logits = logits[:count]
+        slots, positions = to_device(np.stack((draws.slots, draws.positions)), self.device)
+        if len(draws.groups) == 1:
+            tokens, peak = self._draw(draws.groups[0], logits, slots, positions)
+        else:
+            tokens = torch.empty(count, dtype=torch.int64, device=self.device)
+            peak = torch.empty(count, dtype=logits.dtype, device=self.device)
+            for group in draws.groups:
+                index = to_device(group.rows, self.device)
+                tokens[index], peak[index] = self._draw(
+                    group, logits[index], slots[index], positions[index]
+                )
+        self.last_tokens[slots] = tokens
+        return torch.where(peak.isfinite(), tokens, NO_TOKEN)
+
+    def _draw(
         self,
-        kind: int,
+        group: DrawGroup,
         logits: torch.Tensor,
         slots: torch.Tensor,
         positions: torch.Tensor,
-        host_slots: np.ndarray,
-    ) -> torch.Tensor:
-        if kind == GREEDY:
-            return first_argmax(logits)
-        logits = logits.float()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens, and the rows' largest logits, which are NaN where any of a row is."""
+        if group.kind == GREEDY:
+            tokens = first_argmax(logits)
+            return tokens, logits.gather(1, tokens[:, None]).squeeze(1)
+        seeds, top_k = self._integers[:, slots]
+        temperature, top_p, log_min_p, typical_p = self._floats[:, slots]
+        peak = logits.amax(-1)
         # Relative to the maximum, low temperatures keep their precision.
-        scaled = (logits - logits.amax(-1, keepdim=True)).div_(self._temperature[slots, None])
-        keys = row_keys(self._seeds[slots], positions)
-        if self._has_min_p[host_slots].any():
-            scaled.masked_fill_(scaled < self._log_min_p[slots, None], -torch.inf)
-        if self._is_typical[host_slots].any():
-            rows = torch.from_numpy(np.flatnonzero(self._is_typical[host_slots])).to(self.device)
-            typical = typical_mask(scaled[rows], self._typical_p[slots[rows]])
+        scaled = (logits.float() - peak[:, None].float()).div_(temperature.float()[:, None])
+        keys = row_keys(seeds, positions)
+        if group.has_min_p:
+            scaled.masked_fill_(scaled < log_min_p.float()[:, None], -torch.inf)
+        if len(group.typical):
+            rows = to_device(group.typical, self.device)
+            typical = typical_mask(scaled[rows], typical_p[rows])
             scaled[rows] = scaled[rows].masked_fill_(~typical, -torch.inf)
             # top_k and top_p count from the likeliest that is left.
             scaled -= scaled.amax(-1, keepdim=True)
-        if kind == PLAIN:
-            return sample_plain(scaled, keys)
-        top_k = self._host_top_k[host_slots]
-        # Room beyond the largest k shows whether tokens tied with the last one were cut off.
-        width = max(TOP_P_WIDTH if (top_k == 0).any() else 64, 2 * int(top_k.max()))
+        if group.kind == PLAIN:
+            return sample_plain(scaled, keys), peak
         # exp(0) over the sum: the inverse of a sum whose order does not depend on the batch.
-        total = 1 / scaled.softmax(-1).amax(-1) if (top_k == 0).any() else torch.ones_like(keys)
-        return sample_truncated(scaled, keys, self._top_k[slots], self._top_p[slots], total, width)
+        total = 1 / scaled.softmax(-1).amax(-1) if group.needs_total else torch.ones_like(top_p)
+        return sample_truncated(scaled, keys, top_k, top_p, total, group.width), peak
 
 
 def first_argmax(x: torch.Tensor) -> torch.Tensor:
@@ -133,7 +212,8 @@ def first_argmax(x: torch.Tensor) -> torch.Tensor:
     index = block * ARGMAX_BLOCK + inside.argmax(-1, keepdim=True)
     if whole < size:
         tail = x[:, whole:].argmax(-1, keepdim=True) + whole
-        index = torch.where(x.gather(1, tail) <= x.gather(1, index), index, tail)  # NaN wins
+        best = x.gather(1, tail)
+        index = torch.where((best > x.gather(1, index)) | best.isnan(), tail, index)
     return index.squeeze(1)
 
 

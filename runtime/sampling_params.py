@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 from inlay.errors import RequestError
 
@@ -21,14 +23,30 @@ MAX_LOGPROBS = 20
 MAX_BIAS = 1e6
 """Enough to force a token or to keep it away; allowed_token_ids and bad_words_ids do so wholly."""
 
+MAX_SEQUENCES = 64
+"""Of one request, side by side: n, best_of and beam width."""
+
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing logits by them would overflow float32."""
+
+
+Processor = Callable[..., Any]
+"""(prompt_token_ids, output_token_ids, logits [vocab]) -> logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Sampling and stopping rules of one request; names and defaults are vLLM's.
 
+    n: how many sequences to give back, 1 to 64. Greedy ones would all be equal and are refused.
+    best_of: how many to generate, n to 64; the n with the highest probability are given back. None
+        is n.
+    use_beam_search: search the likeliest sequences as Hugging Face does with num_beams and without
+        sampling (TensorRT-LLM's name); the beam width is best_of or n, at least 2. temperature
+        stays at 1 or 0, which are the same then, and truncation and logprobs off.
+    length_penalty: beams are ranked by their log probability over their length to this power.
+    early_stopping: whether beams end as soon as there are enough: True; False goes on while the
+        best one could do better at its length; "never" while it could at any length.
     temperature: 0 is greedy (the first of equal maxima); otherwise logits are divided by it.
     top_p: keep the most likely tokens until their probability reaches this, in (0, 1].
     top_k: keep the k most likely tokens; 0 or -1 keeps all. top_k comes before top_p, and tokens
@@ -53,6 +71,11 @@ class SamplingParams:
     stop_token_ids: token ids that end the request, besides the model's end-of-sequence ids.
     max_tokens: most tokens to generate; None goes on to the engine's max_seq_len.
     logprobs: give the log probability of each token and of so many likeliest ones, 0 to 20.
+    prompt_logprobs: the same for the prompt's tokens.
+    logits_processors: the user's own, called in this order after all of the above but temperature
+        and truncation: "module:Class", "module:Class:{JSON arguments}" or {"class":
+        "module:Class", "args": {...}} (kept as a string), or callables, for an engine that runs in
+        this process. `processors.py` has the contract.
     ignore_eos: go on after an end-of-sequence token.
     skip_special_tokens: leave special tokens out of the text.
     include_stop_str_in_output: keep the stop string or the stop token's text in the text.
@@ -60,6 +83,11 @@ class SamplingParams:
     Raises RequestError where a value is not allowed.
     """
 
+    n: int = 1
+    best_of: int | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -79,6 +107,8 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None
     max_tokens: int | None = 16
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logits_processors: Sequence[str | Mapping[str, Any] | Processor] | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -99,10 +129,35 @@ class SamplingParams:
             f"at most max_tokens ({self.max_tokens})",
             self.min_tokens,
         )
-        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+        for name in _BOOLS:
             _require(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
         for name, frozen in self._frozen().items():
             object.__setattr__(self, name, frozen)
+        self._check_sequences()
+
+    def _check_sequences(self) -> None:
+        """What n, best_of and beam search allow beside them."""
+        early = self.early_stopping
+        good = isinstance(early, bool) or early == "never"
+        _require(good, "early_stopping", 'True, False or "never"', early)
+        good = self.best_of is None or self.best_of >= self.n
+        _require(good, "best_of", f"None or at least n ({self.n})", self.best_of)
+        if not self.use_beam_search:
+            for name, off in (("length_penalty", 1.0), ("early_stopping", False)):
+                value = getattr(self, name)
+                _require(value == off, name, f"{off} unless use_beam_search=True", value)
+            good = self.num_sequences == 1 or not self.is_greedy
+            allowed = (
+                f"at least {GREEDY_BELOW:g} where n or best_of > 1: greedy sequences are equal"
+            )
+            _require(good, "temperature", f"{allowed} (or use_beam_search=True)", self.temperature)
+            return
+        _require(
+            self.num_sequences > 1, "best_of", "2 or more (or n), the beam width", self.best_of
+        )
+        for name, allowed_values in _WITH_BEAMS.items():
+            value, texts = getattr(self, name), " or ".join(map(repr, allowed_values))
+            _require(value in allowed_values, name, f"{texts} with use_beam_search=True", value)
 
     def _frozen(self) -> dict[str, Any]:
         """The lists as tuples, checked."""
@@ -124,7 +179,23 @@ class SamplingParams:
             "allowed_token_ids": only,
             "bad_words": _as_strings("bad_words", self.bad_words),
             "bad_words_ids": tuple(_as_token_ids("bad_words_ids", word) for word in words),
+            "logits_processors": _as_processors(self.logits_processors),
         }
+
+    @property
+    def processors(self) -> tuple[str | Processor, ...]:
+        """`logits_processors`, as callables and strings only."""
+        return _as_processors(self.logits_processors)
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences run side by side: best_of or n; the beam width."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def needs_cumulative_logprob(self) -> bool:
+        """Whether sequences are ranked by their probability."""
+        return self.num_sequences > self.n and not self.use_beam_search
 
     @property
     def has_penalties(self) -> bool:
@@ -158,7 +229,29 @@ class SamplingParams:
         return _as_strings("stop", self.stop)
 
 
+_WITH_BEAMS: dict[str, tuple[Any, ...]] = {
+    "temperature": (1, 0),
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "logprobs": (None,),
+    "stop": ((),),
+}
+_BOOLS = (
+    "use_beam_search",
+    "ignore_eos",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+)
 _NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "n": (int, lambda x: 1 <= x <= MAX_SEQUENCES, f"an integer from 1 to {MAX_SEQUENCES}"),
+    "best_of": (
+        int,
+        lambda x: 1 <= x <= MAX_SEQUENCES,
+        f"None or an integer from n to {MAX_SEQUENCES}",
+    ),
+    "length_penalty": (float, lambda x: -10 <= x <= 10, "a number in [-10, 10] (1 is usual)"),
     "temperature": (
         float,
         lambda x: 0 <= x <= MAX_TEMPERATURE,
@@ -184,8 +277,13 @@ _NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
         lambda x: 0 <= x <= MAX_LOGPROBS,
         f"None or an integer from 0 to {MAX_LOGPROBS}",
     ),
+    "prompt_logprobs": (
+        int,
+        lambda x: 0 <= x <= MAX_LOGPROBS,
+        f"None or an integer from 0 to {MAX_LOGPROBS}",
+    ),
 }
-_OPTIONAL = ("seed", "max_tokens", "logprobs")
+_OPTIONAL = ("best_of", "seed", "max_tokens", "logprobs", "prompt_logprobs")
 
 
 def _as_strings(name: str, given: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -224,6 +322,34 @@ def _as_bias(
         bias,
     )
     return tuple((int(i), float(v)) for i, v in pairs)
+
+
+_NAMED = re.compile(r"[\w.]+:[\w.]+(:\{.*\})?", re.DOTALL)
+_PROCESSORS = (
+    'a list of "module:Class", "module:Class:{JSON}", {"class": "module:Class", "args": {JSON}} or'
+    " callables"
+)
+
+
+def _as_processors(
+    given: Sequence[str | Mapping[str, Any] | Processor] | None,
+) -> tuple[str | Processor, ...]:
+    entries = given if given is not None else ()
+    _require(isinstance(entries, list | tuple), "logits_processors", _PROCESSORS, given)
+    return tuple(_as_processor(entry) for entry in entries)
+
+
+def _as_processor(entry: Any) -> str | Processor:
+    """Mappings become strings too: plain, hashable, and the same on the other side of a pipe."""
+    named = entry
+    if isinstance(entry, Mapping) and entry.keys() <= {"class", "args"}:
+        try:
+            named = f"{entry['class']}:{json.dumps(entry.get('args', {}))}"
+        except (KeyError, TypeError, ValueError):
+            named = None
+    good = callable(named) or (isinstance(named, str) and bool(_NAMED.fullmatch(named)))
+    _require(good, "logits_processors", _PROCESSORS, entry)
+    return named
 
 
 def _is_int(value: object) -> bool:

@@ -184,11 +184,8 @@ def test_tokens_follow_their_probabilities(params: SamplingParams, by: str) -> N
     seeds = np.arange(count) if by == "seed" else np.full(count, 7)
     positions = np.arange(count) if by == "position" else np.full(count, 7)
     sampler = Sampler(count, CPU)
-    sampler.set_slot(0, params, 0)
-    for name in ("_temperature", "_top_k", "_top_p", "_kind", "_host_top_k"):
-        state = getattr(sampler, name)
-        state[:] = state[0]
-    sampler._seeds[:] = torch.from_numpy(seeds)
+    slots = enumerate(seeds.tolist())
+    sampler.launch_slots(sampler.plan_slots([(slot, params, seed) for slot, seed in slots]))
     rows = torch.from_numpy(logits).expand(count, -1)
     tokens = sampler.sample(rows, np.arange(count), positions).numpy()
     kept = sorted(kept_set(logits, params.temperature, params.top_k, params.top_p))

@@ -85,3 +85,45 @@ def test_accepted_forms() -> None:
     numbers = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(5), seed=2**64 - 1)
     assert numbers.top_k == 5
     assert SamplingParams(max_tokens=None, top_k=-1).max_tokens is None
+
+
+BEAMS = {"use_beam_search": True, "best_of": 4}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 0}, "n must be an integer from 1 to 64"),
+        ({"n": 65}, "n must be an integer from 1 to 64"),
+        ({"n": 3, "best_of": 2}, r"best_of must be None or at least n \(3\); given 2"),
+        ({"n": 2, "temperature": 0}, "temperature must be at least 1e-05 where n or best_of > 1"),
+        ({"best_of": 2, "temperature": 0}, "greedy sequences are equal"),
+        ({"length_penalty": 2.0}, "length_penalty must be 1.0 unless use_beam_search=True"),
+        ({"early_stopping": True}, "early_stopping must be False unless use_beam_search=True"),
+        ({**BEAMS, "early_stopping": "soon"}, 'early_stopping must be True, False or "never"'),
+        ({**BEAMS, "early_stopping": 1}, 'early_stopping must be True, False or "never"'),
+        ({**BEAMS, "length_penalty": math.nan}, "length_penalty must be a number in"),
+        ({**BEAMS, "temperature": 0.5}, "temperature must be 1 or 0 with use_beam_search=True"),
+        ({**BEAMS, "top_k": 5}, "top_k must be 0 or -1 with use_beam_search=True; given 5"),
+        ({**BEAMS, "top_p": 0.9}, "top_p must be 1 with use_beam_search=True"),
+        ({**BEAMS, "logprobs": 0}, "logprobs must be None with use_beam_search=True"),
+        ({**BEAMS, "stop": "x"}, r"stop must be \(\) with use_beam_search=True; given \('x',\)"),
+        ({"use_beam_search": True}, "best_of must be 2 or more"),
+        ({"use_beam_search": 1, "n": 2}, "use_beam_search must be a bool"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs must be None or an integer from 0 to 20"),
+    ],
+)
+def test_several_sequences_that_are_not_allowed(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(**options)
+
+
+def test_how_many_sequences() -> None:
+    assert SamplingParams().num_sequences == 1
+    assert SamplingParams(n=3).num_sequences == 3
+    assert SamplingParams(n=3, best_of=5).num_sequences == 5
+    assert SamplingParams(n=3, best_of=5).needs_cumulative_logprob
+    assert not SamplingParams(n=3).needs_cumulative_logprob
+    beams = SamplingParams(use_beam_search=True, n=2, best_of=4, early_stopping="never")
+    assert (beams.num_sequences, beams.needs_cumulative_logprob) == (4, False)
+    assert SamplingParams(use_beam_search=True, n=2, temperature=0, top_k=-1).num_sequences == 2
