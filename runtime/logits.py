@@ -113,9 +113,7 @@ class LogitsProcessor:
             self._bans[slot] = _Bans(request)
         self._penalised[slot] = params.has_penalties
         self._limited[slot] = params.allowed_token_ids is not None
-        self._asks[slot] = (
-            params.has_penalties or self._limited[slot] or slot in self._bias or slot in self._bans
-        )
+        self._asks[slot] = params.edits_logits
         penalties, prompt, output, allowed = None, _NOTHING, _NOTHING, None
         if params.has_penalties:
             penalties = (

@@ -105,11 +105,15 @@ class SamplingStage:
         device: torch.device,
         processors: Sequence[str] = (),
     ) -> None:
-        """processors: the engine's own, "module:Class" or "module:Class:{JSON}"; OptionError."""
+        """processors: the engine's own, "module:Class" or "module:Class:{JSON arguments}".
+
+        They are kept as `batched`, for a beam search to use too. OptionError where one cannot be
+        made.
+        """
         self._device = device
         self._sampler = Sampler(max_num_seqs, device)
         self._logits_processor = LogitsProcessor(max_num_seqs, vocab_size, device)
-        self._batched = BatchedProcessors.make(processors, vocab_size, device)
+        self.batched = BatchedProcessors.make(processors, vocab_size, device)
         # Of the host. A sequence keeps its processors where it is preempted.
         self._own: WeakKeyDictionary[Request, tuple[tuple[str, Processor], ...] | RequestError]
         self._own = WeakKeyDictionary()
@@ -122,7 +126,7 @@ class SamplingStage:
     @property
     def needs_history(self) -> bool:
         """Whether every step has to wait for the one before: the engine's processors see tokens."""
-        return bool(self._batched.members)
+        return bool(self.batched.members)
 
     def plan(
         self, rows: Sequence[tuple[Request, int]], new: Sequence[Request] = ()
@@ -193,7 +197,7 @@ class SamplingStage:
             logits = logits[to_device(plan.logits_rows, self._device)]
         sampled = Sampled(plan, torch.empty(0), errors=dict(plan.errors))
         processed = self._logits_processor.launch(plan.edits, logits)
-        if self._batched.members or plan.own_calls:
+        if self.batched.members or plan.own_calls:
             processed = self._call_processors(plan, processed.float(), sampled)
         tokens = self._sampler.launch(plan.draws, processed)
         self._logits_processor.launch_observe(plan.edits, tokens)
@@ -209,7 +213,7 @@ class SamplingStage:
         """The engine's processors, then the requests' own; what goes wrong is noted in sampled."""
         rows = list(range(len(plan.requests)))
         try:
-            logits, sound = self._batched.apply(logits, plan.requests)
+            logits, sound = self.batched.apply(logits, plan.requests)
             sampled.sound += [(name, rows, good) for name, good in sound]
         except RequestError as error:
             sampled.errors.update({row: sampled.errors.get(row, error) for row in rows})

@@ -204,6 +204,13 @@ class SamplingParams:
         return off != (1.0, 0.0, 0.0)
 
     @property
+    def edits_logits(self) -> bool:
+        """Whether logits change before a token is chosen; users' own processors apart."""
+        bans = self.bad_words_ids or self.no_repeat_ngram_size or self.min_tokens
+        only = self.allowed_token_ids is not None
+        return bool(self.has_penalties or self.logit_bias or bans or only)
+
+    @property
     def bias(self) -> dict[int, float]:
         """`logit_bias`, always as a dict."""
         return dict(_as_bias(self.logit_bias))
