@@ -6,6 +6,7 @@ preempted request that is computed again samples the same tokens.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 
@@ -46,6 +47,34 @@ def gumbel(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         chunk = slice(start, start + width)
         noise[:, chunk] = _negative_uniforms(keys, token_ids[..., chunk])
     return noise.log1p_().neg_().log_().neg_()
+
+
+def uniforms(key: int, token_ids: int | np.ndarray) -> np.ndarray:
+    """The v in (0, 1] behind gumbel's noise, float32 [K], of one row on the host: the same bits.
+
+    token_ids: int64 [K], or how many from 0 on. numpy's shifts are logical, and its calls cheap
+    enough to keep the numbers in the cache.
+    """
+    if isinstance(token_ids, int):
+        h = np.arange(token_ids, dtype=np.uint32)
+    else:
+        h = token_ids.astype(np.uint32)
+    low, high = np.uint32(key & 0xFFFFFFFF), np.uint32((key >> 32) & 0xFFFFFFFF)
+    shifted = np.empty_like(h)
+    h += low
+    for shift, factor, mixed in ((16, LOWBIAS_1, None), (15, LOWBIAS_2, high)):
+        np.right_shift(h, np.uint32(shift), out=shifted)
+        h ^= shifted
+        if mixed is not None:
+            h ^= mixed
+        h *= np.uint32(factor & 0xFFFFFFFF)
+    np.right_shift(h, np.uint32(16), out=shifted)
+    h ^= shifted
+    h &= np.uint32(0x7FFFFFFF)
+    h |= np.uint32(1)
+    v = h.view(np.int32).astype(np.float32)
+    v *= np.float32(2.0**-31)
+    return v
 
 
 def _negative_uniforms(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from inlay.runtime.noise import _splitmix64, gumbel, row_keys
+from inlay.runtime.noise import _splitmix64, gumbel, row_keys, uniforms
 from tests.runtime.chi_square import assert_distributed
 
 MASK_64, MASK_32 = 2**64 - 1, 2**32 - 1
@@ -45,6 +45,16 @@ def test_equals_plain_integer_arithmetic(seed: int) -> None:
     assert [k & MASK_64 for k in keys.tolist()] == expected_keys
     expected = [[reference_gumbel(k, t) for t in tokens.tolist()] for k in expected_keys]
     torch.testing.assert_close(gumbel(keys, tokens), torch.tensor(expected), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63)])
+def test_the_hosts_uniforms_are_those_of_the_noise(seed: int) -> None:
+    keys = row_keys(torch.tensor([seed]), torch.tensor([5]))
+    v = torch.from_numpy(uniforms(int(keys[0]), 40_000))
+    expected = gumbel(keys, torch.arange(40_000, dtype=torch.int32))[0]
+    torch.testing.assert_close((-v).log1p().neg().log().neg(), expected, rtol=0, atol=0)
+    some = np.array([39_999, 3, 77])
+    assert (uniforms(int(keys[0]), some) == v.numpy()[some]).all()
 
 
 def test_does_not_depend_on_the_batch() -> None:

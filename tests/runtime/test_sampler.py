@@ -5,15 +5,18 @@ import pytest
 import torch
 from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TypicalLogitsWarper
 
-from inlay.runtime.noise import gumbel, row_keys
-from inlay.runtime.sampler import (
-    Sampler,
+from inlay.runtime.draws import (
     first_argmax,
+    likeliest,
+    lowest_kept,
+    race,
     sample_plain,
     sample_truncated,
     top_k_top_p_mask,
     typical_mask,
 )
+from inlay.runtime.noise import gumbel, row_keys
+from inlay.runtime.sampler import Sampler
 from inlay.runtime.sampling_params import SamplingParams
 from tests.runtime.chi_square import assert_distributed
 
@@ -47,7 +50,8 @@ def kept_set(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -
         left = np.array(sorted(kept))
         weights = np.exp(scaled[left] - scaled.max())
         limit = top_p * weights.sum()
-        kept = {i for i in kept if weights[scaled[left] > scaled[i]].sum() < limit}
+        held = {value: weights[scaled[left] > value].sum() for value in set(scaled[left])}
+        kept = {i for i in kept if held[scaled[i]] < limit}
     return kept
 
 
@@ -152,20 +156,51 @@ def test_top_k_top_p_sets_are_exact(top_k: int, top_p: float, with_ties: bool) -
         assert set(ids[row][mask[row]].tolist()) == kept_set(rows[row], 1.0, top_k, top_p)
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.9), (0, 0.99999), (2000, 0.97)])
-@pytest.mark.parametrize("tied", [False, True])
-def test_candidates_are_widened_until_the_set_fits(top_k: int, top_p: float, tied: bool) -> None:
-    """A width of 2 has to give what the whole vocabulary gives, where every logit is tied too."""
-    torch.manual_seed(1)
-    logits = torch.zeros(9, 2500) if tied else torch.randn(9, 2500)
+SETS = [(3, 1.0), (0, 0.9), (0, 0.99999), (1000, 0.97), (127, 0.5), (1, 1.0), (0, 1e-9), (64, 0.9)]
+ROWS = {
+    "normal": torch.randn(4, 1300, generator=torch.Generator().manual_seed(1)) * 2,
+    "nearly flat": torch.randn(4, 1300, generator=torch.Generator().manual_seed(2)) * 0.01,
+    "tied": torch.zeros(4, 1300),
+    "many ties": torch.randn(4, 1300, generator=torch.Generator().manual_seed(3)).round(),
+    "mostly masked": torch.randn(4, 1300, generator=torch.Generator().manual_seed(4)),
+}
+ROWS["mostly masked"][:, 5:] = -torch.inf
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), SETS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_way_to_a_token_is_the_same(rows: str, top_k: int, top_p: float) -> None:
+    """The likeliest few, the race, and the bisection of other devices: one answer, the naive."""
+    logits = ROWS[rows]
     scaled = logits - logits.amax(-1, keepdim=True)
-    keys = row_keys(torch.arange(9), torch.arange(9))
-    k, p = torch.full((9,), top_k), torch.full((9,), top_p, dtype=torch.float64)
-    total = scaled.double().exp().sum(-1)
-    narrow = sample_truncated(scaled, keys, k, p, total, 2)
-    assert narrow.tolist() == sample_truncated(scaled, keys, k, p, total, 2500).tolist()
-    if tied and top_k:
-        assert narrow.tolist() == sample_plain(scaled, keys).tolist()
+    keys = row_keys(torch.arange(4), torch.arange(4))
+    k, p = torch.full((4,), top_k), torch.full((4,), top_p, dtype=torch.float64)
+    lowest = lowest_kept(scaled, k, p)
+    expected = []
+    for row in range(4):
+        kept = sorted(kept_set(scaled[row].numpy(), 1.0, top_k, top_p))
+        assert sorted((scaled[row] >= lowest[row]).nonzero()[:, 0].tolist()) == kept
+        noise = gumbel(keys[row : row + 1], torch.tensor(kept, dtype=torch.int32))[0]
+        expected.append(kept[int((noise.double() + scaled[row, kept].double()).argmax())])
+    assert sample_truncated(scaled, keys, k, p).tolist() == expected
+    raced = [race(scaled[i].numpy(), int(keys[i]), top_k, top_p) for i in range(4)]
+    assert raced == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [(5, 128), (128, 128), (4096, 128), (5003, 128), (99, 3)]
+)
+def test_likeliest_is_topk(size: int, count: int) -> None:
+    x = torch.randn(7, size)
+    values, indices = likeliest(x, count)
+    torch.testing.assert_close(values, x.topk(min(count, size)).values, rtol=0, atol=0)
+    torch.testing.assert_close(values, x.gather(1, indices), rtol=0, atol=0)
+    assert all(len(set(row)) == len(row) for row in indices.tolist())
+
+
+def test_a_race_ends_though_there_is_nothing_to_choose() -> None:
+    for row in ([np.nan] * 9, [np.nan, *[-np.inf] * 8]):
+        assert race(np.array(row, dtype=np.float32), 7, 0, 0.5) == 0
 
 
 @pytest.mark.parametrize("by", ["seed", "position"])
