@@ -91,10 +91,6 @@ class Ledger:
         """Whether requests and calls are taken."""
         return self._over is None and not self.closing
 
-    @property
-    def num_pending(self) -> int:
-        return len(self._pending)
-
     def close(self) -> bool:
         """Take nothing new; False if that was so before."""
         with self._lock:
@@ -104,7 +100,7 @@ class Ledger:
     def add(self, request: NewRequest) -> None:
         """Wait for a request's outputs; EngineError at the end of things, RequestError twice."""
         with self._lock:
-            self._check_open()
+            self.check_open()
             if request.request_id in self._pending:
                 raise RequestError(f"request id {request.request_id!r} is in use; give another one")
             self._pending.add(request)
@@ -117,7 +113,7 @@ class Ledger:
     def open_call(self) -> tuple[int, Future[Any]]:
         """A number for a control call, and where its reply will be."""
         with self._lock:
-            self._check_open()
+            self.check_open()
             number, future = next(self._numbers), Future[Any]()
             self._calls[number] = future
         return number, future
@@ -174,7 +170,8 @@ class Ledger:
         if error is not None:
             _guarded(self._on_death, error)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """EngineError, with the reason, where nothing is taken any more."""
         if self._over is not None:
             # Always a new one: an exception that is raised twice collects tracebacks.
             raise EngineError(str(self._over)) from self._over.__cause__
