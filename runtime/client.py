@@ -140,6 +140,7 @@ class _Client:
         self._restarting = threading.Lock()
         self._link: Link | None = None
         self._finalizer: weakref.finalize | None = None
+        self._num_closes = 0
         self.restart()
 
     @property
@@ -178,30 +179,40 @@ class _Client:
             link.ledger.drop_call(number)
 
     def close(self) -> None:
-        if self._link is not None and os.getpid() == self._owner:
-            self._link.close()
+        if os.getpid() == self._owner:
+            self._num_closes += 1
+            if self._link is not None:
+                self._link.close()
 
     def restart(self) -> None:
+        self._check_owner()
         with self._restarting:
+            num_closes = self._num_closes
             if self._link is not None:
-                self._own_link().close()
+                self._link.close()
             if self._finalizer is not None:
                 self._finalizer.detach()
             link = self._link = self._start()
             self._finalizer = weakref.finalize(self, _close_at_home, link, self._owner)
             try:
+                if self._num_closes != num_closes:
+                    link.close()  # close() came between, and saw the one before
                 self.admission = link.admission.result()
+                link.ledger.check_open()
             except BaseException:
                 link.close()
                 raise
 
-    def _own_link(self) -> Link:
+    def _check_owner(self) -> None:
         """EngineError in a forked child, which has neither the threads nor the worker."""
         if os.getpid() != self._owner:
             raise EngineError(
                 f"this engine belongs to process {self._owner}, of which this one,"
                 f" {os.getpid()}, is a fork: open the engine again here"
             )
+
+    def _own_link(self) -> Link:
+        self._check_owner()
         assert self._link is not None
         return self._link
 

@@ -13,23 +13,19 @@ from inlay.errors import EngineError, RequestError
 from inlay.runtime.messages import Reply
 from inlay.runtime.outputs import StepOutput
 from inlay.runtime.request import NewRequest
-from inlay.runtime.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 
-def num_sequences(params: SamplingParams) -> int:
-    """How many sequences of a request end each with an output of its own."""
-    beams = getattr(params, "use_beam_search", False)
-    n = getattr(params, "n", 1)
-    return n if beams else getattr(params, "best_of", None) or n
-
-
 class Pending:
-    """Requests that are still owed an output, by the indices of their unfinished sequences."""
+    """Requests that are still owed an output, by the indices of their unfinished sequences.
+
+    A beam search gives all its sequences in one step, fewer than n where there are no more.
+    """
 
     def __init__(self) -> None:
         self._unfinished: dict[str, set[int]] = {}
+        self._searches: set[str] = set()
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._unfinished
@@ -39,14 +35,24 @@ class Pending:
 
     def add(self, request: NewRequest) -> None:
         """From now on this request waits."""
-        self._unfinished[request.request_id] = set(range(num_sequences(request.params)))
+        name, params = request.request_id, request.params
+        if params.use_beam_search:
+            self._searches.add(name)
+        count = params.n if params.use_beam_search else params.num_sequences
+        self._unfinished[name] = set(range(count))
 
-    def settle(self, output: StepOutput) -> bool:
-        """Take note of an output; False if nobody waits for it. An error ends all sequences."""
+    def settle(self, outputs: Sequence[StepOutput]) -> list[StepOutput]:
+        """Take note of a step's outputs; those that are waited for."""
+        wanted = [output for output in outputs if self._settle(output)]
+        for name in {output.request_id for output in wanted if output.finished} & self._searches:
+            self.drop(name)
+        return wanted
+
+    def _settle(self, output: StepOutput) -> bool:
         name = output.request_id
         if output.index not in self._unfinished.get(name, ()):
             return False
-        if output.error is not None:
+        if output.error is not None:  # ends all sequences
             self.drop(name)
         elif output.finished:
             self.drop(name, output.index)
@@ -58,11 +64,13 @@ class Pending:
         indices.discard(index) if index is not None else indices.clear()
         if not indices:
             self._unfinished.pop(request_id, None)
+            self._searches.discard(request_id)
 
     def take_all(self) -> dict[str, list[int]]:
         """Unfinished indices by request id; afterwards nobody waits."""
         taken = {name: sorted(indices) for name, indices in self._unfinished.items()}
         self._unfinished.clear()
+        self._searches.clear()
         return taken
 
 
@@ -91,10 +99,6 @@ class Ledger:
         """Whether requests and calls are taken."""
         return self._over is None and not self.closing
 
-    @property
-    def num_pending(self) -> int:
-        return len(self._pending)
-
     def close(self) -> bool:
         """Take nothing new; False if that was so before."""
         with self._lock:
@@ -104,7 +108,7 @@ class Ledger:
     def add(self, request: NewRequest) -> None:
         """Wait for a request's outputs; EngineError at the end of things, RequestError twice."""
         with self._lock:
-            self._check_open()
+            self.check_open()
             if request.request_id in self._pending:
                 raise RequestError(f"request id {request.request_id!r} is in use; give another one")
             self._pending.add(request)
@@ -117,7 +121,7 @@ class Ledger:
     def open_call(self) -> tuple[int, Future[Any]]:
         """A number for a control call, and where its reply will be."""
         with self._lock:
-            self._check_open()
+            self.check_open()
             number, future = next(self._numbers), Future[Any]()
             self._calls[number] = future
         return number, future
@@ -125,7 +129,7 @@ class Ledger:
     def deliver(self, outputs: Sequence[StepOutput]) -> None:
         """Hand over what is still waited for."""
         with self._lock:
-            wanted = [output for output in outputs if self._pending.settle(output)]
+            wanted = self._pending.settle(outputs)
         if wanted:
             _guarded(self._on_outputs, wanted)
 
@@ -174,7 +178,8 @@ class Ledger:
         if error is not None:
             _guarded(self._on_death, error)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """EngineError, with the reason, where nothing is taken any more."""
         if self._over is not None:
             # Always a new one: an exception that is raised twice collects tracebacks.
             raise EngineError(str(self._over)) from self._over.__cause__

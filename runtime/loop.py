@@ -89,6 +89,5 @@ def step(executor: Any, pending: Pending) -> list[StepOutput]:
             StepOutput(name, finish_reason="error", error=error, index=indices[0])
             for name, indices in failed.items()
         ]
-    for output in outputs:
-        pending.settle(output)
+    pending.settle(outputs)
     return outputs

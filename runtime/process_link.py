@@ -76,10 +76,6 @@ class ProcessLink:
         self.listener.start()
         self._sender.start()
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def pack(self, message: Message) -> bytes:
         """In the caller's thread, so that it gets the error of what cannot be sent."""
         return encode(message)

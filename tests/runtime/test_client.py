@@ -8,13 +8,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from inlay.errors import EngineError, OptionError, RequestError
-from inlay.runtime.client import ExecutorClient, connect
+from inlay.runtime.client import CONTROLS, ExecutorClient, connect
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.executor import Executor
 from inlay.runtime.ledger import Ledger, Pending
@@ -102,6 +101,18 @@ def test_a_model_is_loaded_of_an_engine(model: FakeModel, recorder: Recorder) ->
     recorder.last("a")
     client.close()
     assert engine.loads == 2
+
+
+def test_sequences_of_a_request_end_each(client: ExecutorClient, recorder: Recorder) -> None:
+    drawn = SamplingParams(n=2, best_of=3, seed=1, max_tokens=4)
+    beams = SamplingParams(n=2, use_beam_search=True, max_tokens=4)
+    client.submit(NewRequest("drawn", PROMPT, drawn))
+    client.submit(NewRequest("beams", PROMPT, beams))
+    for name, count in (("drawn", 3), ("beams", 2)):
+        recorder.wait_for(lambda n=name, c=count: sum(o.finished for o in recorder.of(n)) == c)
+        assert {output.index for output in recorder.of(name)} == set(range(count))
+        client.submit(new(name, 1))  # the id is free again
+        recorder.wait_for(lambda n=name, c=count: sum(o.finished for o in recorder.of(n)) == c + 1)
 
 
 def test_a_refused_request_is_answered(client: ExecutorClient, recorder: Recorder) -> None:
@@ -217,6 +228,9 @@ def test_calls(client: ExecutorClient, recorder: Recorder, model: FakeModel) -> 
         client.call("step")
     with pytest.raises(TypeError):
         client.call("get_stats", "too", "many")
+    for control in CONTROLS:
+        args = [PROMPT] if control.endswith("pin_prefix") else []
+        client.call(control, *args, timeout=60)
     gate = Gate(model)
     client.submit(new("a"))
     assert gate.reached.wait(60)
@@ -305,41 +319,46 @@ def test_the_interpreter_ends_in_the_middle_of_a_request() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ManyParams(SamplingParams):
-    n: int = 1
-    best_of: int | None = None
-    use_beam_search: bool = False
+def many(name: str, n: int, **params: Any) -> NewRequest:
+    return NewRequest(name, PROMPT, SamplingParams(n=n, **params))
 
 
-@pytest.mark.parametrize(
-    ("params", "expected"),
-    [
-        (ManyParams(), 1),
-        (ManyParams(n=3), 3),
-        (ManyParams(n=2, best_of=4), 4),
-        (ManyParams(n=3, use_beam_search=True), 3),
-    ],
-)
-def test_a_request_waits_for_each_of_its_sequences(params: ManyParams, expected: int) -> None:
+@pytest.mark.parametrize(("n", "best_of", "expected"), [(1, None, 1), (3, None, 3), (2, 4, 4)])
+def test_a_request_waits_for_each_of_its_sequences(
+    n: int, best_of: int | None, expected: int
+) -> None:
     pending = Pending()
-    pending.add(NewRequest("a", PROMPT, params))
+    pending.add(many("a", n, best_of=best_of))
     for index in reversed(range(expected)):
-        assert pending.settle(StepOutput("a", (1,), index=index))
+        one, last = StepOutput("a", (1,), index=index), StepOutput("a", (), "stop", index=index)
+        assert pending.settle([one, StepOutput("b")]) == [one]
         assert "a" in pending
-        assert pending.settle(StepOutput("a", (1,), "stop", index=index))
-        assert not pending.settle(StepOutput("a", (1,), index=index))
+        assert pending.settle([one, last, one]) == [one, last]
+        assert not pending.settle([one])
     assert "a" not in pending
-    assert not pending.settle(StepOutput("a", index=expected))
+    pending.add(many("a", n, best_of=best_of))
+    assert pending.take_all() == {"a": list(range(expected))}
+
+
+def test_a_beam_search_ends_with_what_it_has_found() -> None:
+    pending = Pending()
+    for name, best_of in (("a", None), ("b", 4), ("a", None)):
+        pending.add(many(name, 3, best_of=best_of, use_beam_search=True))
+        outputs = [StepOutput(name, (1,), "stop", index=index) for index in (0, 1)]
+        assert pending.settle(outputs) == outputs
+        assert name not in pending
+    pending.add(many("b", 2, best_of=3))
+    assert pending.settle([StepOutput("b", finish_reason="timeout")])
+    assert pending.take_all() == {"b": [1, 2]}
 
 
 def test_the_end_is_told_once_for_each_that_waits() -> None:
     def ledger_with_requests() -> tuple[Ledger, Recorder]:
         recorder = Recorder()
         ledger = Ledger(recorder.on_outputs, recorder.on_death)
-        ledger.add(NewRequest("a", PROMPT, ManyParams(n=3)))
-        ledger.add(NewRequest("b", PROMPT, ManyParams(n=2)))
-        ledger.add(NewRequest("c", PROMPT, ManyParams(n=2)))
+        ledger.add(many("a", 3))
+        ledger.add(many("b", 2))
+        ledger.add(many("c", 2))
         ledger.deliver([StepOutput("a", (1,), "stop", index=0)])
         ledger.deliver([StepOutput("c", error=RequestError("over")), StepOutput("c", index=1)])
         ledger.drop("b", 1)

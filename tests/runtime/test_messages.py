@@ -48,6 +48,17 @@ EVERY_PARAM = SamplingParams(
     max_tokens=None,
     logprobs=0,
     ignore_eos=True,
+    n=2,
+    best_of=64,
+    logits_processors=["a.b:C", {"class": "d:E", "args": {"ü": [None, 1.5]}}],
+    prompt_logprobs=20,
+)
+BEAMS = SamplingParams(
+    n=2,
+    use_beam_search=True,
+    length_penalty=-0.5,
+    early_stopping="never",
+    skip_special_tokens=False,
 )
 EVERY_OPTION = RequestOptions(
     priority=-(2**31),
@@ -75,6 +86,7 @@ MESSAGES: list[Message] = [
     Init("", "", {"eos_token_ids": [], "debug": True, "max_seq_len": None}),
     Add(NewRequest("", [], SamplingParams())),
     Add(NewRequest("r", [0, 2**63], EVERY_PARAM, EVERY_OPTION, arrival_time=1e-300)),
+    Add(NewRequest("b", [1], BEAMS)),
     Abort("r"),
     Abort("", 2**40),
     Call(0, "get_stats", []),
@@ -108,6 +120,17 @@ def test_every_kind_and_every_field_is_tried() -> None:
             if getattr(tried, field.name) == getattr(plain, field.name)
         }
         assert not same - {"error"}
+    untried = {
+        field.name
+        for field in fields(SamplingParams)
+        if getattr(EVERY_PARAM, field.name) == getattr(SamplingParams(), field.name)
+        and getattr(BEAMS, field.name) == getattr(SamplingParams(), field.name)
+    }
+    # Plain numbers and flags, as others that are tried.
+    assert untried <= {
+        "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+        "no_repeat_ngram_size", "min_tokens", "include_stop_str_in_output",
+    }  # fmt: skip
 
 
 def test_sequences_of_a_request_come_back_immutable() -> None:
@@ -173,6 +196,7 @@ def a_function() -> None: ...
         (object(), "object"),
         (2**64, "64 bits"),
         ("\udcff", "surrogates"),
+        (SamplingParams(logits_processors=[a_function]), "a_function"),
         (math, "module"),
     ],
     ids=lambda value: type(value).__name__,
