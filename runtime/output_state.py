@@ -60,9 +60,9 @@ class SequenceState:
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         """Nothing more will come: what was held back is text now."""
-        if self._detokenizer is not None and self.matcher.stop_reason is None:
-            if self.matcher.append(self._detokenizer.flush()):
-                reason, stop_reason = "stop", self.matcher.stop_reason
+        text = "" if self._detokenizer is None else self._detokenizer.flush()
+        if self.matcher.stop_reason is None and self.matcher.append(text):
+            reason, stop_reason = "stop", self.matcher.stop_reason
         self.finish_reason, self.stop_reason = reason, stop_reason
 
     @property

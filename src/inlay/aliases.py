@@ -91,7 +91,6 @@ def _fields(name: str, value: Any) -> dict[str, Any]:
 
 
 _PARALLEL = "running one model on several devices"
-_BUILT = "an engine says by itself what it was built for: give an artifact or a model"
 
 CONSTRUCTOR: dict[str, Rule] = {
     # Sizes.
@@ -113,7 +112,9 @@ CONSTRUCTOR: dict[str, Rule] = {
     "sliding_window": refused("windows are the model's own, and kept"),
     # The loop.
     "scheduler_config": _scheduler_config,
-    "scheduling_policy": refused("requests have priorities: give generate(priority=...)", "fcfs", "priority"),
+    "scheduling_policy": refused(
+        "requests have priorities: give generate(priority=...)", "fcfs", "priority"
+    ),
     "enable_chunked_prefill": refused("prompts are always chunked where they must be", True),
     "enforce_eager": switches("cuda_graphs", True, False),
     "cuda_graph_config": refused("sizes are chosen by themselves: give cuda_graphs=True or False"),
@@ -130,17 +131,27 @@ CONSTRUCTOR: dict[str, Rule] = {
     "device": refused("an engine runs where it was built for: build it there", "auto", "cpu"),
     "trust_remote_code": ours_unless(None, False),
     "tokenizer_mode": refused("the tokenizer is transformers': give tokenizer=", "auto", "hf"),
-    "skip_tokenizer_init": refused("the tokenizer costs nothing where prompts are token ids", False),
-    "load_format": refused("checkpoints are safetensors, read by transformers", "auto", "safetensors"),
+    "skip_tokenizer_init": refused(
+        "the tokenizer costs nothing where prompts are token ids", False
+    ),
+    "load_format": refused(
+        "checkpoints are safetensors, read by transformers", "auto", "safetensors"
+    ),
     "revision": refused("download that revision and give its directory"),
     "tokenizer_revision": refused("download that revision and give tokenizer=directory"),
     "code_revision": refused("download that revision and give its directory"),
     "download_dir": refused("set HF_HOME before the program starts"),
     "hf_token": refused("set HF_TOKEN before the program starts"),
     "hf_overrides": refused("change the config of a model in memory and give that", {}),
-    "task": refused("a decoder generates, embeds and scores; an encoder embeds", "auto", "generate", "embed"),
-    "runner": refused("a decoder generates, embeds and scores; an encoder embeds", "auto", "generate", "pooling"),
-    "generation_config": refused("the model's own is honoured: override it by SamplingParams", "auto"),
+    "task": refused(
+        "a decoder generates, embeds and scores; an encoder embeds", "auto", "generate", "embed"
+    ),
+    "runner": refused(
+        "a decoder generates, embeds and scores; an encoder embeds", "auto", "generate", "pooling"
+    ),
+    "generation_config": refused(
+        "the model's own is honoured: override it by SamplingParams", "auto"
+    ),
     "build_config": refused("give max_seq_len, max_num_tokens and max_num_seqs"),
     # What is not built yet.
     "tensor_parallel_size": not_built(_PARALLEL, 1),
@@ -166,7 +177,7 @@ CONSTRUCTOR: dict[str, Rule] = {
     "cache_transceiver_config": not_built("moving KV blocks between engines"),
     "limit_mm_per_prompt": refused("only text goes in", {}),
     "mm_processor_kwargs": refused("only text goes in", {}),
-}  # fmt: skip
+}
 """Constructors' options of vLLM and TensorRT-LLM."""
 
 KV_CACHE_CONFIG: dict[str, Rule] = {

@@ -71,9 +71,12 @@ def run_batch(
     source, target = Path(input_path), Path(output_path)
     try:
         done = clean(target)
-        with source.open(encoding="utf-8", errors="surrogateescape") as lines:
-            with target.open("a", encoding="utf-8") as out, _bar(source, use_tqdm) as bar:
-                return _Run(out, bar, submit, params, max_in_flight, done).all(lines)
+        with (
+            source.open(encoding="utf-8", errors="surrogateescape") as lines,
+            target.open("a", encoding="utf-8") as out,
+            _bar(source, use_tqdm) as bar,
+        ):
+            return _Run(out, bar, submit, params, max_in_flight, done).all(lines)
     except OSError as error:
         raise OptionError(f"batch cannot use {source} and {target}: {error}") from error
 

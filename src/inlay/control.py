@@ -14,9 +14,8 @@ from inlay.frontend import Frontend
 from inlay.prompts import Prompt, encode_prompt
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Self
 
 
 class EngineControl:
@@ -72,15 +71,15 @@ class EngineControl:
         Raises OptionError where the file cannot be written, before anything is run.
         """
         try:
-            file = Path(path).open("w", encoding="utf-8")
+            Path(path).touch()
         except OSError as error:
             raise OptionError(f"path {path} cannot be written: {error}") from error
-        with file:
-            self._frontend.call("start_trace")
-            try:
-                yield
-            finally:
-                json.dump(self._frontend.call("stop_trace"), file)
+        self._frontend.call("start_trace")
+        try:
+            yield
+        finally:
+            trace = self._frontend.call("stop_trace")
+            Path(path).write_text(json.dumps(trace), encoding="utf-8")
 
     def restart(self) -> None:
         """Start the engine anew, also after its death; what is under way ends with an error.

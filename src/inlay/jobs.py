@@ -6,7 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from inlay.errors import RequestError
 from inlay.prompts import EncodedPrompt, encode_bad_words
@@ -17,10 +17,7 @@ from inlay.runtime.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T")
 Params = SamplingParams | Sequence[SamplingParams] | None
-OneOrMany = T | Sequence[T]
-"""A value for all prompts of a call, or a list of one for each."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from inlay.embedding import (
 from inlay.errors import RequestError, UnsupportedModelError
 from inlay.frontend import Frontend
 from inlay.handle import RequestHandle
-from inlay.jobs import Job, JobMaker, OneOrMany, Params
+from inlay.jobs import Job, JobMaker, Params
 from inlay.model_source import default_sampling, llm_options, open_engine, pooling_config
 from inlay.prompts import (
     EncodedPrompt,
@@ -98,10 +98,10 @@ class LLM(EngineControl):
         sampling_params: Params = None,
         *,
         use_tqdm: bool = True,
-        priority: OneOrMany[int] = 0,
-        timeout: OneOrMany[float | None] = None,
-        cache_salt: OneOrMany[str | None] = None,
-        cache_priority: OneOrMany[int] = 0,
+        priority: int | Sequence[int] = 0,
+        timeout: float | None | Sequence[float | None] = None,
+        cache_salt: str | None | Sequence[str | None] = None,
+        cache_priority: int | Sequence[int] = 0,
         **others: Any,
     ) -> list[RequestOutput]:
         """Complete prompts; returns the outputs in the prompts' order.
@@ -163,10 +163,10 @@ class LLM(EngineControl):
         sampling_params: Params = None,
         *,
         use_tqdm: bool = True,
-        priority: OneOrMany[int] = 0,
-        timeout: OneOrMany[float | None] = None,
-        cache_salt: OneOrMany[str | None] = None,
-        cache_priority: OneOrMany[int] = 0,
+        priority: int | Sequence[int] = 0,
+        timeout: float | None | Sequence[float | None] = None,
+        cache_salt: str | None | Sequence[str | None] = None,
+        cache_priority: int | Sequence[int] = 0,
         **template_options: Any,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of a list of them; otherwise as `generate`.
@@ -245,8 +245,8 @@ class LLM(EngineControl):
         pooling: Pooling | None = None,
         normalize: bool = True,
         use_tqdm: bool = True,
-        priority: OneOrMany[int] = 0,
-        timeout: OneOrMany[float | None] = None,
+        priority: int | Sequence[int] = 0,
+        timeout: float | None | Sequence[float | None] = None,
     ) -> list[EmbeddingRequestOutput]:
         """Pooled final hidden states of prompts, by a decoder or an encoder.
 

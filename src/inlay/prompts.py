@@ -102,7 +102,8 @@ def render_chat(
     is_list = isinstance(messages, list | tuple) and bool(messages)
     if not is_list or not all(isinstance(message, Mapping) for message in messages):
         raise RequestError(
-            f'messages must be a list like [{{"role": "user", "content": "..."}}]; given {messages!r}'
+            'messages must be a list like [{"role": "user", "content": "..."}], and not empty;'
+            f" given {messages!r}"
         )
     for message in messages:
         parts = message.get("content")
