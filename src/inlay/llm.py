@@ -99,8 +99,8 @@ class LLM(EngineControl):
         *,
         use_tqdm: bool = True,
         priority: int | Sequence[int] = 0,
-        timeout: float | None | Sequence[float | None] = None,
-        cache_salt: str | None | Sequence[str | None] = None,
+        timeout: float | Sequence[float | None] | None = None,
+        cache_salt: str | Sequence[str | None] | None = None,
         cache_priority: int | Sequence[int] = 0,
         **others: Any,
     ) -> list[RequestOutput]:
@@ -164,8 +164,8 @@ class LLM(EngineControl):
         *,
         use_tqdm: bool = True,
         priority: int | Sequence[int] = 0,
-        timeout: float | None | Sequence[float | None] = None,
-        cache_salt: str | None | Sequence[str | None] = None,
+        timeout: float | Sequence[float | None] | None = None,
+        cache_salt: str | Sequence[str | None] | None = None,
         cache_priority: int | Sequence[int] = 0,
         **template_options: Any,
     ) -> list[RequestOutput]:
@@ -246,7 +246,7 @@ class LLM(EngineControl):
         normalize: bool = True,
         use_tqdm: bool = True,
         priority: int | Sequence[int] = 0,
-        timeout: float | None | Sequence[float | None] = None,
+        timeout: float | Sequence[float | None] | None = None,
     ) -> list[EmbeddingRequestOutput]:
         """Pooled final hidden states of prompts, by a decoder or an encoder.
 
