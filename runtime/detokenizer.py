@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+from inlay.runtime.token_bytes import TokenBytes, token_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,16 +23,83 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)
 
 
-class Detokenizer:
-    """Text that grows as tokens come.
+class Detokenizer(Protocol):
+    """Text that grows as tokens come: its pieces are whole characters and add up to the whole."""
 
-    A tokenizer cannot decode tokens one by one: a character may be spread over several, and some
-    put or drop a space depending on what stands before. So a window of the last tokens is decoded
-    with and without the new ones, and the difference is new text (as in vLLM and Hugging Face's
-    TGI). tokenizers' DecodeStream does the same, but keeps bytes that are no text back until text
-    follows, which may be never.
+    def append(self, token_ids: Sequence[int]) -> str:
+        """New whole characters that these tokens complete."""
 
-    For byte-level tokenizers the pieces add up to tokenizer.decode() of all ids.
+    def flush(self) -> str:
+        """What was held back as incomplete, now that no more tokens come."""
+
+
+class DetokenizerFactory:
+    """Makes the detokenizers of a tokenizer's requests; looks at the tokenizer once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._special = special_token_ids(tokenizer)
+        self._bytes_of = token_bytes(tokenizer)
+
+    def make(self, prompt_token_ids: Sequence[int], skip_special_tokens: bool) -> Detokenizer:
+        """The detokenizer of one sequence that continues a prompt."""
+        skipped = self._special if skip_special_tokens else frozenset()
+        if self._bytes_of is None:
+            return WindowDetokenizer(self._tokenizer, prompt_token_ids, skipped)
+        return ByteDetokenizer(self._bytes_of, prompt_token_ids, skipped)
+
+    def text_of(self, token_id: int) -> str:
+        """One token by itself; special tokens too, and bytes that are no character as U+FFFD."""
+        return self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+
+
+class ByteDetokenizer:
+    """Each token is so many bytes; characters come out as soon as their last byte is there.
+
+    The pieces add up to all bytes decoded at once, U+FFFD for what is no UTF-8. That is what
+    tokenizer.decode() gives; only among fallback bytes (<0x0A>) that are no UTF-8 it gives up
+    their valid neighbours too, which may have been shown long ago.
+    """
+
+    def __init__(
+        self,
+        bytes_of: TokenBytes,
+        prompt_token_ids: Sequence[int] = (),
+        skipped_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """skipped_ids: tokens that have no text, see special_token_ids."""
+        self._bytes_of = bytes_of
+        self._skipped = skipped_ids
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # Tokenizers that drop a text's leading space are to see that this is no beginning.
+        self._is_first = all(i in skipped_ids for i in prompt_token_ids[-1:])
+        self._num_stripped = bytes_of.num_stripped if self._is_first else 0
+
+    def append(self, token_ids: Sequence[int]) -> str:
+        """New whole characters that these tokens complete."""
+        return "".join(self._append(i) for i in token_ids if i not in self._skipped)
+
+    def flush(self) -> str:
+        """What was held back as incomplete, now that no more tokens come."""
+        return self._decoder.decode(b"", final=True)
+
+    def _append(self, token_id: int) -> str:
+        data = self._bytes_of(token_id, self._is_first)
+        if data is None:
+            return ""
+        self._is_first = False
+        while data and self._num_stripped:
+            self._num_stripped = self._num_stripped - 1 if data.startswith(b" ") else 0
+            data = data.removeprefix(b" ")
+        return self._decoder.decode(data)
+
+
+class WindowDetokenizer:
+    """For tokenizers that tell only texts of whole lists of tokens.
+
+    A window of the last tokens is decoded with and without the new ones, and the difference is new
+    text (as in vLLM and Hugging Face's TGI). tokenizers' DecodeStream does the same, but keeps
+    bytes that are no text back until text follows, which may be never.
     """
 
     def __init__(
@@ -47,10 +117,6 @@ class Detokenizer:
             context = []
         self._window = context
         self._num_read = len(context)
-
-    def text_of(self, token_id: int) -> str:
-        """One token by itself; special tokens too, and bytes that are no character as U+FFFD."""
-        return self._decode([token_id])
 
     def append(self, token_ids: Sequence[int]) -> str:
         """New whole characters that these tokens complete."""

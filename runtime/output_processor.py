@@ -1,123 +1,55 @@
-"""Turns the executor's tokens into the text and the outputs that users see."""
+"""Hands the executor's tokens to the requests that they belong to."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from inlay.errors import RequestError
-from inlay.runtime.detokenizer import Detokenizer, StopStringMatcher, special_token_ids
-from inlay.runtime.outputs import (
-    CompletionOutput,
-    FinishReason,
-    Logprob,
-    RequestMetrics,
-    RequestOutput,
-    StepOutput,
-)
+from inlay.errors import EngineError, RequestError
+from inlay.runtime.detokenizer import DetokenizerFactory
+from inlay.runtime.output_state import OutputState
+from inlay.runtime.outputs import FinishReason, StepOutput
 from inlay.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(eq=False)
-class OutputState:
-    """What one request has given so far; `error` is set when its step failed."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    matcher: StopStringMatcher
-    detokenizer: Detokenizer | None
-    metrics: RequestMetrics
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    error: BaseException | None = None
-    _num_delivered: int = 0
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing more will come."""
-        return self.finish_reason is not None or self.error is not None
-
-    def append(self, output: StepOutput) -> None:
-        """Take a step's tokens; a stop string in their text finishes the request."""
-        now = time.perf_counter()
-        if output.token_ids and self.metrics.first_token_time is None:
-            self.metrics = replace(self.metrics, first_token_time=now)
-        self.token_ids += output.token_ids
-        self.logprobs += [self._decoded(places) for places in output.logprobs]
-        self.error = output.error
-        self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
-        if self._append_text(output):
-            self.finish_reason, self.stop_reason = "stop", self.matcher.stop_reason
-        if self.finished:
-            self.metrics = replace(self.metrics, finish_time=now)
-
-    def snapshot(self) -> RequestOutput:
-        """The output so far; its delta is what came since the last snapshot."""
-        text = self.matcher.text
-        if not self.finished:
-            text = text[: len(text) - self.matcher.num_held]
-        completion = CompletionOutput(
-            index=0,
-            text=text,
-            token_ids=list(self.token_ids),
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-            delta=text[self._num_delivered :],
-            logprobs=None if self.params.logprobs is None else list(self.logprobs),
-        )
-        self._num_delivered = len(text)
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=[completion],
-            finished=self.finished,
-            metrics=self.metrics,
-        )
-
-    def _decoded(self, places: dict[int, Logprob]) -> dict[int, Logprob]:
-        if self.detokenizer is None:
-            return places
-        text_of = self.detokenizer.text_of
-        return {token: replace(p, decoded_token=text_of(token)) for token, p in places.items()}
-
-    def _append_text(self, output: StepOutput) -> bool:
-        """Whether the text now holds a stop string."""
-        if self.detokenizer is None:
-            return False
-        token_ids = output.token_ids
-        if output.finish_reason == "stop" and not self.params.include_stop_str_in_output:
-            token_ids = token_ids[:-1]
-        text = self.detokenizer.append(token_ids)
-        if output.finished:
-            text += self.detokenizer.flush()
-        return self.matcher.append(text)
+logger = logging.getLogger(__name__)
 
 
 class OutputProcessor:
-    """The output state of every request that is under way."""
+    """The output state of every request that is under way. Thread-safe.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.tokenizer = tokenizer
-        self._special = special_token_ids(tokenizer) if tokenizer is not None else frozenset()
+    on_stopped: called with (request id, index, or None for all of it) of what a stop string has
+        ended, or a fault while its text was made: the executor may still run it.
+    is_alive: whether the engine is; where not, an EngineError in an output is that of its end.
+    max_queue_size: requests under way at once; None sets no limit.
+    num_finished: requests by the finish reason of their first sequence.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        on_stopped: Callable[[str, int | None], None] = lambda request_id, index: None,
+        is_alive: Callable[[], bool] = lambda: True,
+        max_queue_size: int | None = None,
+    ) -> None:
+        self.num_finished: Counter[FinishReason] = Counter()
+        self._texts = DetokenizerFactory(tokenizer) if tokenizer is not None else None
+        self._on_stopped, self._is_alive = on_stopped, is_alive
+        self.max_queue_size = max_queue_size
         self._states: dict[str, OutputState] = {}
+        # Guards the states' dict, and wakes who waits for room. A request's own lock is taken
+        # before it, never behind it.
+        self._room = threading.Condition()
 
-    def check_params(self, params: SamplingParams) -> None:
-        """RequestError where the parameters need text and there is no tokenizer."""
-        if params.stop_strings and self.tokenizer is None:
-            raise RequestError(
-                f"stop={list(params.stop_strings)!r} needs a tokenizer, and the engine has none:"
-                " give LLM(tokenizer=...), or use stop_token_ids"
-            )
+    @property
+    def num_unfinished(self) -> int:
+        """Requests under way."""
+        return len(self._states)
 
     def add(
         self,
@@ -125,42 +57,76 @@ class OutputProcessor:
         prompt: str | None,
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
+        *,
+        is_stream: bool = False,
+        wait: bool = False,
+        on_finish: Callable[[OutputState], None] = lambda state: None,
     ) -> OutputState:
-        """Begin to follow a request."""
-        detokenizer = None
-        if self.tokenizer is not None:
-            skipped = self._special if params.skip_special_tokens else frozenset()
-            detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, skipped)
+        """Begin to follow a request.
+
+        wait: block while max_queue_size requests are under way; else that raises RequestError.
+        on_finish: called with the state, once, in whatever thread ends the request; it must not
+            block.
+        """
+
+        def finish(state: OutputState) -> None:
+            self._remove(state)
+            on_finish(state)
+
         state = OutputState(
-            request_id=request_id,
-            prompt=prompt,
-            prompt_token_ids=list(prompt_token_ids),
-            params=params,
-            matcher=StopStringMatcher(params.stop_strings, params.include_stop_str_in_output),
-            detokenizer=detokenizer,
-            metrics=RequestMetrics(arrival_time=time.perf_counter()),
+            request_id, prompt, prompt_token_ids, params, self._texts, is_stream, finish
         )
-        self._states[request_id] = state
+        with self._room:
+            if wait:
+                self._room.wait_for(lambda: not self._is_full)
+            elif self._is_full:
+                raise RequestError(
+                    f"the engine is overloaded: {len(self._states)} requests are under way, and"
+                    f" max_queue_size is {self.max_queue_size}; try again later, or raise it"
+                )
+            self._states[request_id] = state
         return state
 
-    def process(self, outputs: Iterable[StepOutput]) -> list[OutputState]:
-        """Take a step's outputs; returns the states they changed.
-
-        A finished one may still run in the executor, its stop string having come: abort it there.
-        """
-        changed = []
+    def process(self, outputs: Iterable[StepOutput]) -> None:
+        """Take a step's outputs; those of requests that are over are dropped."""
         for output in outputs:
             state = self._states.get(output.request_id)
             if state is None:
                 continue
-            state.append(output)
-            changed.append(state)
-            if state.finished:
-                del self._states[output.request_id]
-        return changed
+            if isinstance(output.error, EngineError) and not self._is_alive():
+                state.engine_error = output.error
+            try:
+                is_stopped = state.append(output)
+            except Exception as error:  # of a tokenizer: the fault is this request's alone
+                state.end("error", error)
+                is_stopped = True
+            if is_stopped:
+                self._on_stopped(state.request_id, None if state.finished else output.index)
 
     def abort(self, request_id: str) -> None:
-        """End a request here; a state somebody still holds says "abort"."""
-        state = self._states.pop(request_id, None)
-        if state is not None:
-            state.append(StepOutput(request_id, finish_reason="abort"))
+        """End a request here, keeping what came; nothing happens if it is finished or unknown."""
+        if state := self._states.get(request_id):
+            state.end("abort")
+
+    def fail_all(self, error: EngineError) -> None:
+        """The engine is gone: end every request with the reason."""
+        for state in list(self._states.values()):
+            state.engine_error = error
+            state.end("error", error)
+
+    @property
+    def _is_full(self) -> bool:
+        limit = self.max_queue_size
+        return limit is not None and len(self._states) >= limit
+
+    def _remove(self, state: OutputState) -> None:
+        reason = state.sequences[0].finish_reason
+        assert reason is not None, f"request {state.request_id} is removed unfinished"
+        with self._room:
+            del self._states[state.request_id]
+            self.num_finished[reason] += 1
+            self._room.notify_all()
+        if state.error is not None and state.engine_error is None:
+            logger.error(
+                "request %s failed: %s", state.request_id, state.error, exc_info=state.error
+            )

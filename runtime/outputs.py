@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,7 +58,11 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """When things happened, in seconds on the clock of time.perf_counter()."""
+    """When things happened, in seconds on the clock of time.perf_counter().
+
+    num_cached_tokens: prompt tokens that came out of the prefix cache.
+    num_output_tokens: of the longest sequence.
+    """
 
     arrival_time: float
     scheduled_time: float | None = None
@@ -100,14 +105,18 @@ class RequestMetrics:
 class CompletionOutput:
     """One generated sequence, so far.
 
+    index: its place among the request's outputs.
     text: all of the text, in whole characters; a stop string is cut off unless asked for. Empty
         without a tokenizer.
-    token_ids: all generated ids, the one that ended the request included.
-    finish_reason: "length" (max_tokens or max_seq_len), "stop", "abort", or None: not finished.
+    token_ids: all generated ids, the one that ended the sequence included.
+    finish_reason: "length" (max_tokens or max_seq_len), "stop", "abort", "timeout", "error" (see
+        RequestOutput.error), or None: not finished. What came before an end of any kind is kept.
     stop_reason: the stop string or the entry of stop_token_ids that ended it; None otherwise.
     delta: what `text` gained since the previous output of the same stream.
     logprobs: for each of token_ids itself and the likeliest tokens there, by id, of the model's
         logits before penalties, temperature and truncation; None where not asked for.
+    cumulative_logprob: the logarithm of all tokens' probability; None where neither logprobs nor a
+        choice between sequences was asked for.
     """
 
     index: int
@@ -117,19 +126,18 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     delta: str = ""
     logprobs: list[dict[int, Logprob]] | None = None
-
-    @property
-    def cumulative_logprob(self) -> float | None:
-        """The logarithm of all tokens' probability; None where logprobs were not asked for."""
-        if self.logprobs is None:
-            return None
-        pairs = zip(self.token_ids, self.logprobs, strict=True)
-        return sum(places[token].logprob for token, places in pairs)
+    cumulative_logprob: float | None = None
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request and what was generated for it; `prompt` is None where token ids were given."""
+    """A request and what was generated for it.
+
+    prompt: None where token ids were given.
+    outputs: `n` of them; while the request runs none where the best are chosen at the end.
+    prompt_logprobs: for each prompt token, None for the first; None where not asked for.
+    error: why the request failed; None where it did not.
+    """
 
     request_id: str
     prompt: str | None
@@ -137,3 +145,69 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    error: BaseException | None = None
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that came out of the prefix cache."""
+        return self.metrics.num_cached_tokens
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """A prompt's pooled hidden state; [] where the request failed."""
+
+    embedding: list[float]
+
+
+@dataclass(frozen=True)
+class EmbeddingRequestOutput:
+    """A prompt and its embedding. prompt: None where token ids were given. error: why there is no
+    embedding; None where there is one."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: EmbeddingOutput
+    finished: bool
+    metrics: RequestMetrics
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True)
+class ScoreOutput:
+    """How likely a text is to the model.
+
+    prompt: None where token ids were given.
+    logprobs: of each token given those before it; None for the first. [] where the request failed.
+    error: why it did; None where it did not.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    logprobs: list[float | None]
+    metrics: RequestMetrics
+    error: BaseException | None = None
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens that have a log probability: all but the first."""
+        return sum(value is not None for value in self.logprobs)
+
+    @property
+    def sum_logprob(self) -> float:
+        """Logarithm of the probability of all tokens behind the first."""
+        return math.fsum(value for value in self.logprobs if value is not None)
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of a token; NaN where nothing was scored."""
+        return self.sum_logprob / self.num_scored if self.num_scored else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp(-mean_logprob)."""
+        mean = self.mean_logprob
+        return math.inf if mean < -700 else math.exp(-mean)

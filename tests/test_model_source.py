@@ -8,8 +8,8 @@ import inlay.engine
 from inlay.errors import OptionError
 from inlay.model_source import EngineLike, default_sampling, open_engine
 from inlay.runtime.config import ExecutorConfig
+from tests.fake_llm import FakeEngine
 from tests.runtime.toy_tokenizers import byte_level
-from tests.test_llm import FakeEngine
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from inlay.aliases import translate
 from inlay.backends.base import LoadedModel
 from inlay.errors import OptionError, RequestError
 from inlay.runtime.config import ExecutorConfig
@@ -69,6 +70,22 @@ class EngineLike(Protocol):
 
     def tokenizer(self) -> Any:
         """The tokenizer, None where there is none."""
+
+
+def llm_options(
+    options: Mapping[str, Any], *, seed: int | None, max_queue_size: int | None
+) -> dict[str, Any]:
+    """Options by our names; OptionError for what is refused, and for wrong values of LLM's own."""
+    for name, value, least in (("seed", seed, 0), ("max_queue_size", max_queue_size, 1)):
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (is_int and value >= least):
+            raise OptionError(f"{name} must be None or an integer >= {least}; given {value!r}")
+    return translate(options)
+
+
+def pooling_config(engine: EngineLike) -> Mapping[str, Any]:
+    """The checkpoint's 1_Pooling/config.json; {} where there is none."""
+    return getattr(engine, "pooling_config", {})
 
 
 def open_engine(

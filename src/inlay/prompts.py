@@ -99,8 +99,14 @@ def render_chat(
             "the tokenizer has no chat template: set tokenizer.chat_template, pass chat_template=,"
             " or use generate() with a prompt written out"
         )
+    is_list = isinstance(messages, list | tuple) and bool(messages)
+    if not is_list or not all(isinstance(message, Mapping) for message in messages):
+        raise RequestError(
+            'messages must be a list like [{"role": "user", "content": "..."}], and not empty;'
+            f" given {messages!r}"
+        )
     for message in messages:
-        parts = message.get("content") if isinstance(message, Mapping) else None
+        parts = message.get("content")
         if isinstance(parts, list | tuple):
             kinds = {str(part.get("type", "text")) for part in parts if isinstance(part, Mapping)}
             refuse_media(kinds - {"text"})
@@ -109,6 +115,7 @@ def render_chat(
         text = tokenizer.apply_chat_template(list(messages), **options)
     except Exception as error:
         raise RequestError(f"the chat template refused the messages: {error}") from error
+    check_unicode(text)
     # The template has written the special tokens already.
     return EncodedPrompt(text, tokenizer.encode(text, add_special_tokens=False))
 
@@ -124,7 +131,19 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase | None) -> list[i
             "the prompt is empty; to generate from nothing, give the token ids to begin with:"
             ' {"prompt_token_ids": [bos_token_id]}'
         )
+    check_unicode(text)
     return tokenizer.encode(text)
+
+
+def check_unicode(text: str) -> None:
+    """RequestError for text with half a character in it, of which tokenizers crash."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the prompt is no valid Unicode: {text[error.start]!r} at position {error.start} is"
+            " half a character, or a byte that was read as text; repair the text"
+        ) from error
 
 
 def encode_bad_words(

@@ -1,10 +1,11 @@
-"""Small tokenizers of the two kinds that language models use."""
+"""Small tokenizers of the kinds that language models use."""
 
 from __future__ import annotations
 
 from functools import cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.decoders import Decoder
 from transformers import PreTrainedTokenizerFast
 
 TEXT = [
@@ -50,3 +51,31 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def _of_words(tokens: list[str], decoder: Decoder) -> PreTrainedTokenizerFast:
+    vocab = {token: index for index, token in enumerate(["<unk>", "</s>", *tokens])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+@cache
+def word_piece() -> PreTrainedTokenizerFast:
+    """As in BERT: words are joined by spaces, their inner pieces begin with ##."""
+    words = ["the", "fox", "##es", "##é", "##", ".", "!", "n't", "'", "do", "not", "##n ' t", "你"]
+    return _of_words(words, decoders.WordPiece())
+
+
+@cache
+def metaspace() -> PreTrainedTokenizerFast:
+    """As in T5 and XLM-R: words carry their space as a mark."""
+    words = ["▁the", "▁fox", "es", "▁", "▁▁", "a▁b", "é", "👍🏽", "<0x41>"]
+    return _of_words(words, decoders.Metaspace())
+
+
+@cache
+def word_ends() -> PreTrainedTokenizerFast:
+    """As in the first GPT: a word's last piece carries its end; no token has a text of its own."""
+    return _of_words(["the</w>", "fox</w>", "fo", "x", "é</w>", "👍"], decoders.BPEDecoder())

@@ -1,0 +1,101 @@
+"""What an LLM does with its engine rather than with prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inlay.errors import OptionError
+from inlay.frontend import Frontend
+from inlay.prompts import Prompt, encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Self
+
+
+class EngineControl:
+    """Statistics, caches, traces, and the engine's end. All of it raises EngineError where the
+    engine is dead or shut down."""
+
+    _frontend: Frontend
+    _tokenizer: PreTrainedTokenizerBase | None
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer that turns prompts into ids and ids into text; None without one."""
+        return self._tokenizer
+
+    def abort(self, request_id: str | Sequence[str]) -> None:
+        """End requests, of whatever call or thread; what came is kept, finish_reason is "abort".
+        Nothing happens to those that are finished or unknown."""
+        for one in [request_id] if isinstance(request_id, str) else request_id:
+            self._frontend.abort(one)
+
+    def get_stats(self) -> dict[str, Any]:
+        """The executor's statistics since it started, and under "api" this side's: requests under
+        way, and finished by reason."""
+        processor = self._frontend.processor
+        api = {
+            "num_unfinished": processor.num_unfinished,
+            "num_finished": dict(processor.num_finished),
+        }
+        return {**self._frontend.call("get_stats"), "api": api}
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False where running requests still use some."""
+        return self._frontend.call("reset_prefix_cache")
+
+    def pin_prefix(self, prompt: Prompt, *, cache_salt: str | None = None) -> int:
+        """Keep a prefix in the cache once a request has put it there; how many of its tokens are
+        pinned, in whole blocks."""
+        return self._frontend.call("pin_prefix", self._ids_of(prompt), cache_salt)
+
+    def unpin_prefix(self, prompt: Prompt, *, cache_salt: str | None = None) -> int:
+        """The opposite: how many tokens are no longer pinned."""
+        return self._frontend.call("unpin_prefix", self._ids_of(prompt), cache_salt)
+
+    def get_kv_events(self) -> list[dict[str, Any]]:
+        """What happened to cached blocks since the last call; needs kv_events=True."""
+        return self._frontend.call("get_kv_events")
+
+    @contextmanager
+    def trace(self, path: str | PathLike[str]) -> Iterator[None]:
+        """Write what the engine does meanwhile as a Chrome trace, for ui.perfetto.dev.
+
+        >>> with llm.trace("steps.json"): llm.generate(prompts)
+
+        Raises OptionError where the file cannot be written, before anything is run.
+        """
+        try:
+            Path(path).touch()
+        except OSError as error:
+            raise OptionError(f"path {path} cannot be written: {error}") from error
+        self._frontend.call("start_trace")
+        try:
+            yield
+        finally:
+            trace = self._frontend.call("stop_trace")
+            Path(path).write_text(json.dumps(trace), encoding="utf-8")
+
+    def restart(self) -> None:
+        """Start the engine anew, also after its death; what is under way ends with an error.
+        Raises what the constructor does."""
+        self._frontend.restart()
+
+    def shutdown(self) -> None:
+        """End the engine and free its memory; what is under way ends with an error. Again:
+        nothing happens."""
+        self._frontend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+
+    def _ids_of(self, prompt: Prompt) -> list[int]:
+        return [int(i) for i in encode_prompt(prompt, self._tokenizer).token_ids]
