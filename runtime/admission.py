@@ -20,7 +20,8 @@ class Admission:
     """An engine's limits, in plain data, so that the API's process can check at the door.
 
     limits: the model's, made smaller by the executor's options. windows, num_blocks: of each KV
-    group, its window and its pool's size. is_encoder: the model gives hidden states of whole requests only.
+    group, its window and its pool's size. is_encoder: the model gives hidden states of whole
+    requests only.
     in_process: whether a request may bring Python callables.
     """
 

@@ -32,9 +32,7 @@ class StepSizes:
         return cls(
             tokens=ladder_up_to(limits.max_num_tokens),
             requests=ladder_up_to(limits.max_num_seqs, smallest=1),
-            logits=sorted(
-                {*ladder_up_to(limits.max_num_seqs), *ladder_up_to(MAX_PROMPT_LOGITS)}
-            ),
+            logits=sorted({*ladder_up_to(limits.max_num_seqs), *ladder_up_to(MAX_PROMPT_LOGITS)}),
         )
 
 
@@ -95,4 +93,3 @@ def _step_request(item: ScheduledRequest, kv_cache: KVCache) -> StepRequest:
         needs_logits=item.needs_logits,
         all_logits=item.all_logits,
     )
-

@@ -149,7 +149,9 @@ class BlockPool:
             f"{len(self._free)} free, {len(cached)} cached and {len(held)} held blocks are not the"
             f" {self.num_blocks} blocks of the pool, each once"
         )
-        assert all(self._hashes[block] is not None for block in cached), "a cached block is nameless"
+        assert all(self._hashes[block] is not None for block in cached), (
+            "a cached block is nameless"
+        )
         assert all(self._hashes[block] is None for block in self._free), "a free block has a name"
         assert all(self._hashes[block] == name for name, block in self._block_of.items())
         assert len(self._block_of) == sum(name is not None for name in self._hashes)

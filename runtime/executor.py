@@ -54,7 +54,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Launched:
-    """A step that is under way. beams: searches, each with as many rows of scores as it has live."""
+    """A step that is under way. beams: searches, and the rows of scores that each has."""
 
     items: list[ScheduledRequest]
     rows: list[_Row]
@@ -111,7 +111,7 @@ class Executor:
         self._num_requests = 0
 
     def _allocate(self, graphs: bool) -> None:
-        """The KV pool and the graphs; what graphs take is measured first, with a pool of nothing."""
+        """The KV pool and the graphs, whose memory is measured first, with a pool of nothing."""
         model, limits, config = self.model, self.limits, self.config
         groups = model.kv_groups_for(config.kv_cache_dtype)
         width = -(-limits.max_seq_len // limits.block_size)
@@ -224,7 +224,7 @@ class Executor:
         return True
 
     def pin_prefix(self, token_ids: Sequence[int], cache_salt: str | None = None) -> int:
-        """Keep a prefix that has been run in the cache; how many of its tokens are (full blocks)."""
+        """Keep a prefix that has been run in the cache; how many of its tokens are kept."""
         return self.kv_cache.pin(self._names(token_ids, cache_salt)) * self.limits.block_size
 
     def unpin_prefix(self, token_ids: Sequence[int], cache_salt: str | None = None) -> int:

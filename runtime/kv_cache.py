@@ -121,6 +121,14 @@ class KVCache:
                 promised[group] = max(most - self._num_passing(group), 0)
         return free - promised
 
+    def taken(self, names: Sequence[BlockHash]) -> np.ndarray:
+        """Blocks of each group that are no longer available once somebody holds these: int64 [G].
+
+        Where a window passes, one that was to be free soon is not while another holds it.
+        """
+        full = np.array(self.windows) == 0
+        return np.where(full, self.cost(names), self._num_attached(names))
+
     def needed(self, most: Sequence[np.ndarray], names: Sequence[BlockHash]) -> np.ndarray:
         """Blocks of each group that must be available for slots to be promised so many: int64 [G].
 
@@ -296,9 +304,7 @@ class KVCache:
         None where running requests may need them. Those on the host alone are not brought back.
         """
         key = tuple(names)[: self.match(names)]
-        full = np.array(self.windows) == 0
-        cost = np.where(full, self.cost(key), self._num_attached(key))
-        if (cost > self.available()).any():
+        if (self.taken(key) > self.available()).any():
             return 0
         if key and key not in self._pins:
             pairs = [(g, self.pools[g].find(key[i])) for g, i in self._needed(len(key))]
@@ -433,13 +439,15 @@ class KVCache:
         self._tables[group, slot, self._shared[slot]] = own
 
     def _num_passing(self, group: int) -> int:
-        """Blocks that slots with a promise hold, each counted once, and that no pin keeps."""
+        """Blocks that only slots with a promise hold, each counted once: free when they let go."""
         slots = np.flatnonzero(self._reserved[group])
         columns = np.arange(self._tables.shape[2])
         begin, end = self._begin[group, slots, None], self._end[slots, None]
         held = self._tables[group, slots][(columns >= begin) & (columns < end)]
-        pinned = [block for pairs in self._pins.values() for g, block in pairs if g == group]
-        return len(np.setdiff1d(held, pinned))
+        blocks, counts = np.unique(held, return_counts=True)
+        refs = self.pools[group].refs
+        pairs = zip(blocks.tolist(), counts.tolist(), strict=True)
+        return sum(refs(block) == count for block, count in pairs)
 
     def _forks_due(self) -> np.ndarray:
         """Blocks of each group that reserved slots will take to write into shared blocks."""

@@ -52,7 +52,7 @@ class PromptLogprobs:
         return [tops.to_host() for tops in found]
 
     def read(self, results: list[TopTokens]) -> list[tuple[ScheduledRequest, Found]]:
-        """For each sequence what it has not been given yet: the first token of a prompt has None."""
+        """For each sequence what it has not been given yet; of a prompt's first token, None."""
         outputs = []
         for piece, result in zip(self.pieces, results, strict=True):
             request = piece.item.request

@@ -203,9 +203,7 @@ class Scheduler:
             return 0
         return count
 
-    def _put(
-        self, request: Request, count: int, schedule: Schedule, budget: _Budget
-    ) -> None:
+    def _put(self, request: Request, count: int, schedule: Schedule, budget: _Budget) -> None:
         start = request.num_computed_tokens
         self.kv_cache.allocate(request.slot, start + count)
         last = count == request.num_uncomputed_tokens
@@ -287,7 +285,7 @@ class Scheduler:
         if self._is_promised(request):
             needed = cache.needed(self._most_held(request), names)
         else:
-            needed = cache.num_blocks_for(end) - len(names) + cache.cost(names)
+            needed = cache.num_blocks_for(end) - len(names) + cache.taken(names)
         return bool((needed <= cache.available()).all())
 
     def _is_promised(self, request: Request) -> bool:
