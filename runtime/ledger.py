@@ -191,5 +191,5 @@ def _guarded(callback: Callable[[Any], None], argument: Any) -> None:
     """A callback that raises must not end the thread that all others wait for."""
     try:
         callback(argument)
-    except Exception:
+    except BaseException:
         logger.exception("the callback %r failed", callback)

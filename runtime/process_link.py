@@ -177,7 +177,10 @@ class ProcessLink:
         if fatal is not None:
             how = f"{type(fatal).__name__}: {fatal}"
         elif code < 0:
-            how = f"killed by signal {-code} ({signal.Signals(-code).name})"
+            known = -code in set(signal.Signals)  # most real-time signals have no name
+            how = f"killed by signal {-code}" + (
+                f" ({signal.Signals(-code).name})" if known else ""
+            )
             if -code == signal.SIGKILL:
                 how += ", as the system does when memory runs out"
         else:

@@ -117,6 +117,22 @@ def test_faults_of_requests_are_theirs_alone(shared: tuple[ExecutorClient, Recor
     assert isinstance(client.call("get_stats", timeout=60), dict)
 
 
+def test_a_logits_processor_is_found_on_the_clients_path(
+    shared: tuple[ExecutorClient, Recorder], expected: Recorder
+) -> None:
+    client, recorder = shared
+    for name, token in (("only 7", 7), ("poison", 4096)):
+        entry = f'tests.runtime.worker_tools:OnlyToken:{{"token": {token}}}'
+        params = SamplingParams(temperature=0, max_tokens=3, logits_processors=[entry])
+        client.submit(NewRequest(name, PROMPT, params))
+    client.submit(NewRequest("beside", PROMPT, SHORT))
+    assert recorder.last("only 7").error is None
+    assert recorder.tokens("only 7") == [7, 7, 7]
+    assert "IndexError" in str(recorder.last("poison").error)
+    recorder.last("beside")
+    assert recorder.tokens("beside") == expected.tokens("short")
+
+
 def test_submit_does_not_wait_for_a_busy_worker(shared: tuple[ExecutorClient, Recorder]) -> None:
     client, recorder = shared
     (worker,) = workers_of(os.getpid())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import psutil
+import torch
 
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.sampling_params import SamplingParams
@@ -57,3 +58,15 @@ def assert_gone_within(process: psutil.Process, seconds: float) -> None:
     while not is_gone(process):
         assert time.monotonic() < end, f"{process} still runs after {seconds} s"
         time.sleep(0.01)
+
+
+class OnlyToken:
+    """A logits processor that leaves one token, or raises."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, prompt: list[int], output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        only = torch.full_like(logits, -torch.inf)
+        only[self.token] = 0
+        return only
