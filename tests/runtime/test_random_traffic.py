@@ -251,7 +251,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"enable_prefix_caching": False},
     "cached": {},
     "tiny pool": {"kv_cache_tokens": 80, "max_num_seqs": 4},
-    "evicting": {"scheduler_policy": "max_utilization", "kv_cache_tokens": 120},
+    "evicting": {"scheduler_policy": "max_utilization", "kv_cache_tokens": 88},
     "host": {"kv_cache_tokens": 120, "host_cache_memory": 32 * 4 * 60},
     "overlap": {"overlap": True},
     "overlap evicting": {
