@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from inlay import LLM, Engine, RequestOutput, SamplingParams, compile_model
 from inlay.backends.step import StepRequest, build_step
@@ -109,6 +110,7 @@ def test_tokens_are_those_of_hugging_face(backend: str, name: str, models_table:
             assert comparison.num_tokens == len(PROMPT_LENGTHS) * NUM_TOKENS
             assert comparison.passed, comparison
             row |= {"equal": comparison.num_equal, "tokens": comparison.num_tokens}
+        check_hidden_states(engine, model)
         distinct = [len(set(output.outputs[0].token_ids)) for output in ragged]
         assert sum(distinct) / len(distinct) >= MIN_DISTINCT
 
@@ -157,6 +159,16 @@ def check_requests(engine: Engine) -> None:
             hidden_states(engine, [[5, 6], [7, token, 8]])
 
 
+def check_hidden_states(engine: Engine, model: PreTrainedModel) -> None:
+    """What a decoder's LM head takes is the base model's last_hidden_state, for every token."""
+    base = model.model if hasattr(model, "model") else model.base_model
+    requests = [prompt[:20] for prompt in prompts()[:2]]
+    for request, states in zip(requests, hidden_states(engine, requests), strict=True):
+        with torch.no_grad():
+            expected = base(input_ids=torch.tensor([request])).last_hidden_state[0]
+        assert relative_rms(expected, states) <= 1e-4
+
+
 def hidden_states(engine: Engine, requests: list[list[int]]) -> list[torch.Tensor]:
     """Each request's [n, hidden], all of them in one step."""
     model = engine.load_model()
@@ -166,7 +178,8 @@ def hidden_states(engine: Engine, requests: list[list[int]]) -> list[torch.Tenso
         for index, ids in enumerate(requests)
     ]
     step = build_step(batch, model.limits.block_size)
-    return list(model.forward(step)[: step.num_tokens].split([len(ids) for ids in requests]))
+    _, hidden = model.forward_hidden(step)
+    return list(hidden[: step.num_tokens].split([len(ids) for ids in requests]))
 
 
 def all_logits(engine: Engine, requests: list[list[int]]) -> torch.Tensor:
