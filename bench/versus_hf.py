@@ -91,7 +91,7 @@ def measure(shape: str, threads: int, repeats: int, backend: str) -> dict[str, A
         engine = compile_model(checkpoint, backend, dtype="bfloat16")
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
         model.generation_config.eos_token_id = None
-        llm = LLM(engine)
+        llm = LLM(engine, num_threads=threads)
         requests = workload(model.config.vocab_size)
         single = (torch.randint(1, 32000, (DECODE_PROMPT,)).tolist(), DECODE_TOKENS)
 

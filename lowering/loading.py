@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -25,6 +26,7 @@ from transformers import (
     modeling_utils,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
 
 from inlay.errors import ModelLoadError, OptionError, UnsupportedModelError
 from inlay.lowering.capture import REFERENCE, share_tensors, without_pooler
@@ -42,6 +44,9 @@ HUB_TIMEOUT = 5.0
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 """What a directory with a tokenizer has at least one of."""
+
+POOLING_FILE = "1_Pooling/config.json"
+"""Where sentence-transformers says how a checkpoint's hidden states become an embedding."""
 
 
 _patching = threading.Lock()
@@ -211,6 +216,25 @@ def load_tokenizer(name: str | os.PathLike[str], trust_remote_code: bool = False
             ) from error
         logger.warning("there is no tokenizer at %s: %s", place, str(error).splitlines()[0])
         return None
+
+
+def load_pooling(model: PreTrainedModel) -> dict[str, Any]:
+    """How sentence-transformers pools this checkpoint's hidden states, {} where it does not say."""
+    place = model.name_or_path
+    if not place:
+        return {}
+    try:
+        file = cached_file(
+            place,
+            POOLING_FILE,
+            local_files_only=_hub_options(place, False)["local_files_only"],
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return {} if file is None else json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:  # of a model in memory, whose directory may be gone
+        logger.info("%s of %s is not read: %s", POOLING_FILE, place, error)
+        return {}
 
 
 def _given_tokenizer(tokenizer: Any) -> Any:

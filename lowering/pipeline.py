@@ -42,7 +42,7 @@ from inlay.lowering.guards import (
     packed_check,
     reference_logits,
 )
-from inlay.lowering.loading import Source, load_source
+from inlay.lowering.loading import Source, load_pooling, load_source
 from inlay.lowering.options import CompileOptions, check_against_model
 from inlay.lowering.partition import partition
 from inlay.lowering.rope import data_dependent
@@ -182,6 +182,8 @@ def _write_model(directory: Path, source: Source) -> None:
         (folder / "generation_config.json").write_text(text)
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(folder)
+    if pooling := load_pooling(source.model):
+        (folder / "pooling.json").write_text(json.dumps(pooling))
 
 
 def _manifest(

@@ -187,7 +187,7 @@ class Request:
     @property
     def wants_all_rows(self) -> bool:
         """Whether results are wanted for every prompt token, so that none may be skipped."""
-        return self.params.prompt_logprobs is not None or self.options.pooling == "mean"
+        return self.params.prompt_logprobs is not None or self.options.pooling in ("mean", "cls")
 
     @property
     def wants_prompt_logits(self) -> bool:

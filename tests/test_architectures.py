@@ -77,9 +77,9 @@ def prompts() -> list[list[int]]:
 
 
 def generate(engine: Engine, **options: int) -> list[RequestOutput]:
-    llm = LLM(engine, kv_cache_tokens=2048, **options)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    return llm.generate(prompts(), params, use_tqdm=False)
+    with LLM(engine, in_process=True, kv_cache_tokens=2048, **options) as llm:  # type: ignore[arg-type]
+        return llm.generate(prompts(), params, use_tqdm=False)
 
 
 def check_passes(engine: Engine) -> list[dict[str, Any]]:
@@ -149,8 +149,11 @@ def test_hidden_states_are_those_of_hugging_face(
 
 def check_requests(engine: Engine) -> None:
     """No executor checks what an encoder is given: it does so itself."""
-    with pytest.raises(UnsupportedModelError, match=r"encoder.*does not generate"):
-        LLM(engine)
+    with (
+        LLM(engine, in_process=True) as llm,
+        pytest.raises(UnsupportedModelError, match=r"encoder.*does not generate"),
+    ):
+        llm.generate([5, 6])
     limits = engine.manifest["limits"]
     with pytest.raises(RequestError, match=r"257 tokens; the engine's max_seq_len"):
         hidden_states(engine, [[5] * 257])

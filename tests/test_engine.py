@@ -63,7 +63,8 @@ def left_in(*folders: Path) -> list[Path]:
 
 
 def tokens(engine: Engine) -> list[list[int]]:
-    outputs = LLM(engine, kv_cache_tokens=512).generate(PROMPTS, GREEDY, use_tqdm=False)
+    llm = LLM(engine, in_process=True, kv_cache_tokens=512)
+    outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
@@ -198,7 +199,7 @@ BAD: dict[str, tuple[Callable[[], Any], dict[str, Any], type[InlayError]]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_leaves_nothing_behind(case: str, cache: Path, engine: Engine) -> None:
     model, options, error = BAD[case]
-    llm = LLM(engine, kv_cache_tokens=512)
+    llm = LLM(engine, in_process=True, kv_cache_tokens=512)
     expected = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     given = {"backend": "eager", **options}
     with pytest.raises(error) as caught:

@@ -60,7 +60,7 @@ def test_the_working_directory_is_not_replaced(
 @pytest.mark.parametrize("prompt", [b"abc", [b"abc"], bytearray(b"abc")])
 def test_bytes_are_no_prompt(engine: Engine, prompt: object) -> None:
     with pytest.raises(RequestError):
-        LLM(engine, kv_cache_tokens=64).generate(prompt, use_tqdm=False)  # type: ignore[arg-type]
+        LLM(engine, in_process=True, kv_cache_tokens=64).generate(prompt, use_tqdm=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -74,4 +74,4 @@ def test_sampling_values_that_do_not_fit_are_refused(options: dict[str, float]) 
 @pytest.mark.parametrize("params", [5, iter([SamplingParams()]), {"top_k": 1}])
 def test_other_things_are_no_sampling_params(engine: Engine, params: object) -> None:
     with pytest.raises(RequestError, match="sampling_params"):
-        LLM(engine, kv_cache_tokens=64).generate([1, 2], params, use_tqdm=False)  # type: ignore[arg-type]
+        LLM(engine, in_process=True, kv_cache_tokens=64).generate([1, 2], params, use_tqdm=False)  # type: ignore[arg-type]

@@ -406,11 +406,17 @@ def test_the_engines_end_raises_for_all_who_wait(llm: FakeLLM) -> None:
     assert llm._frontend.processor.num_unfinished == 0
 
 
+def test_a_request_keeps_its_llm() -> None:
+    handle = FakeLLM().generate_async("a fox", GREEDY)
+    assert handle.result().finished
+    *_, last = FakeLLM().stream("a fox", GREEDY)
+    assert last.outputs[0].finish_reason == "length"
+
+
 def test_a_forgotten_llm_closes_its_engine() -> None:
     llm = FakeLLM()
     client, finished = llm._frontend.client, threading.active_count()
-    handle = llm.generate_async("a fox", GREEDY)
-    handle.result()
+    llm.generate("a fox", GREEDY, use_tqdm=False)
     del llm
     wait_until(lambda: not client.alive)
     wait_until(lambda: threading.active_count() < finished)

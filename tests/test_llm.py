@@ -318,7 +318,8 @@ def test_progress_bars(llm: FakeLLM, capsys: pytest.CaptureFixture[str]) -> None
 def test_options_reach_the_executor_and_others_are_refused() -> None:
     llm = FakeLLM(max_num_seqs=2, kv_cache_tokens=128)
     assert llm._frontend.client.admission.limits.max_num_seqs == 2
-    assert llm._frontend.client.admission.kv_cache_tokens == 128
+    with pytest.raises(RequestError, match=r"has 16 blocks"):
+        FakeLLM(kv_cache_tokens=64).generate([[1]], SamplingParams(n=6, max_tokens=None))
     with pytest.raises(OptionError, match="max_num_seqs can be at most 6"):
         FakeLLM(max_num_seqs=7)
     with pytest.raises(OptionError, match=r"knows no option 'dtype'; allowed: .*kv_cache_tokens"):

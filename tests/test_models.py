@@ -23,7 +23,7 @@ import json, sys
 from inlay import LLM, Engine, SamplingParams
 results = []
 for path in sys.argv[2:]:
-    llm = LLM(Engine.load(path), kv_cache_tokens=2048)
+    llm = LLM(Engine.load(path), in_process=True, kv_cache_tokens=2048)
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     outputs = llm.generate(json.loads(sys.argv[1]), params, use_tqdm=False)
     results.append([output.outputs[0].token_ids for output in outputs])

@@ -21,6 +21,20 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}" 
 )
 
 
+@pytest.mark.parametrize("text", ["a\ud800b", b"a\xff".decode(errors="surrogateescape")])
+def test_half_characters_are_no_text(text: str) -> None:
+    with pytest.raises(RequestError, match=r"no valid Unicode: .* at position 1"):
+        encode_prompt(text, TOKENIZER)
+    with pytest.raises(RequestError, match="no valid Unicode"):
+        render_chat([{"role": "user", "content": text}], TOKENIZER, chat_template=TEMPLATE)
+
+
+@pytest.mark.parametrize("messages", [5, "hi", [], ["hi"], [[{"role": "user"}]], None])
+def test_what_is_no_conversation(messages: Any) -> None:
+    with pytest.raises(RequestError, match=r"messages must be a list like .*given"):
+        render_chat(messages, TOKENIZER, chat_template=TEMPLATE)
+
+
 @pytest.mark.parametrize(
     ("prompts", "listed"),
     [

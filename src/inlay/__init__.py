@@ -18,8 +18,10 @@ _HOME = {
     "CompileOptions": "inlay.lowering.options",
     "CompletionOutput": "inlay.runtime.outputs",
     "Engine": "inlay.engine",
+    "EngineError": "inlay.errors",
     "InlayError": "inlay.errors",
     "LLM": "inlay.llm",
+    "RequestHandle": "inlay.handle",
     "RequestOutput": "inlay.runtime.outputs",
     "SamplingParams": "inlay.runtime.sampling_params",
     "compile_model": "inlay.engine",
@@ -30,7 +32,9 @@ __all__ = [*sorted(_HOME), "__version__"]
 if TYPE_CHECKING:
     from inlay.engine import Engine as Engine
     from inlay.engine import compile_model as compile_model
+    from inlay.errors import EngineError as EngineError
     from inlay.errors import InlayError as InlayError
+    from inlay.handle import RequestHandle as RequestHandle
     from inlay.llm import LLM as LLM
     from inlay.lowering.options import CompileOptions as CompileOptions
     from inlay.runtime.outputs import CompletionOutput as CompletionOutput

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from inlay.errors import OptionError
 from inlay.frontend import Frontend
+from inlay.jobs import JobMaker
 from inlay.prompts import Prompt, encode_prompt
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class EngineControl:
     engine is dead or shut down."""
 
     _frontend: Frontend
+    _maker: JobMaker
     _tokenizer: PreTrainedTokenizerBase | None
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase | None:
@@ -98,4 +100,4 @@ class EngineControl:
         self.shutdown()
 
     def _ids_of(self, prompt: Prompt) -> list[int]:
-        return [int(i) for i in encode_prompt(prompt, self._tokenizer).token_ids]
+        return [int(i) for i in self._maker.encode(prompt, encode_prompt).token_ids]

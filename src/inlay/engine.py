@@ -99,6 +99,12 @@ class Engine:
         file = self.artifact.model_dir / "generation_config.json"
         return json.loads(file.read_text()) if file.is_file() else {}
 
+    @property
+    def pooling_config(self) -> dict[str, Any]:
+        """The checkpoint's 1_Pooling/config.json of sentence-transformers; {} where it has none."""
+        file = self.artifact.model_dir / "pooling.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
     def save(self, path: str | os.PathLike[str]) -> Engine:
         """Save to a directory of its own and return the engine there.
 

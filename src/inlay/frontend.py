@@ -39,6 +39,7 @@ class Frontend:
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         in_process: bool,
+        num_threads: int | None,
         max_queue_size: int | None,
     ) -> None:
         """Starts the executor; raises what `connect` does."""
@@ -55,6 +56,7 @@ class Frontend:
             engine,
             config,
             in_process=in_process,
+            num_threads=num_threads,
             on_outputs=self._process,
             on_death=self.processor.fail_all,
         )
@@ -63,6 +65,7 @@ class Frontend:
     def submit(
         self,
         job: Job,
+        owner: object,
         *,
         streaming: bool = False,
         wait: bool = False,
@@ -70,8 +73,9 @@ class Frontend:
     ) -> RequestHandle:
         """Queue a job.
 
-        wait: block while too many are under way, instead of RequestError. on_finish: see
-        `OutputProcessor.add`. Raises EngineError where the engine is dead or closed.
+        owner: lives as long as the handle. wait: block while too many are under way, instead of
+        RequestError. on_finish: see `OutputProcessor.add`. Raises EngineError where the engine is
+        dead or closed.
         """
         request_id = next(self._request_ids)
         state = self.processor.add(
@@ -83,7 +87,7 @@ class Frontend:
             wait=wait,
             on_finish=on_finish,
         )
-        handle = RequestHandle(state, self.abort, self._left.put)
+        handle = RequestHandle(state, self.abort, self._left.put, owner)
         try:
             self._check_open()
             self.client.submit(NewRequest(request_id, job.token_ids, job.params, job.options))

@@ -26,11 +26,15 @@ class RequestHandle:
     """
 
     def __init__(
-        self, state: OutputState, abort: Callable[[str], None], drop: Callable[[str], None]
+        self,
+        state: OutputState,
+        abort: Callable[[str], None],
+        drop: Callable[[str], None],
+        owner: object = None,
     ) -> None:
         """abort ends the request; drop has it ended soon and may be called at any point of any
-        thread."""
-        self._state, self._abort, self._drop = state, abort, drop
+        thread. owner: lives as long as this does."""
+        self._state, self._abort, self._drop, self._owner = state, abort, drop, owner
 
     @property
     def request_id(self) -> str:

@@ -6,7 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from inlay.errors import RequestError
 from inlay.prompts import EncodedPrompt, encode_bad_words
@@ -17,6 +17,8 @@ from inlay.runtime.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
+U = TypeVar("U")
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -56,23 +58,22 @@ class JobMaker:
     def make(
         self,
         items: Sequence[Any],
-        encode: Callable[..., EncodedPrompt],
+        encode: Callable[[Any, PreTrainedTokenizerBase | None], EncodedPrompt],
         admission: Admission,
         params: Params,
         **options: Any,
     ) -> list[Job]:
         """The jobs of a call.
 
-        encode: an item and tokenizer= to token ids. options: fields of RequestOptions, each one
+        encode: an item and the tokenizer to token ids. options: fields of RequestOptions, each one
             for all or a list of one for each. Raises RequestError, naming the first bad prompt.
         """
         every_params = self._params_for_each(params, len(items))
         jobs = []
         for index, one_options in enumerate(_options_for_each(options, len(items))):
             try:
-                with self._tokenizing:
-                    prompt = encode(items[index], tokenizer=self._tokenizer)
-                    one = encode_bad_words(every_params[index], self._tokenizer)
+                prompt = self.encode(items[index], encode)
+                one = self.encode(every_params[index], encode_bad_words)
                 checked = RequestOptions(**one_options)
                 self._check_text(one)
                 token_ids = admission.check(prompt.token_ids, one, checked)
@@ -82,6 +83,11 @@ class JobMaker:
                 one = replace(one, seed=self._seeds.getrandbits(64))
             jobs.append(Job(prompt.text, token_ids, one, checked))
         return jobs
+
+    def encode(self, item: T, encode: Callable[[T, PreTrainedTokenizerBase | None], U]) -> U:
+        """encode(item, the tokenizer), one thread at a time."""
+        with self._tokenizing:
+            return encode(item, self._tokenizer)
 
     def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; RequestError without a tokenizer."""

@@ -62,6 +62,7 @@ class LLM(EngineControl):
         *,
         tokenizer: Any = None,
         in_process: bool = False,
+        num_threads: int | None = None,
         seed: int | None = None,
         max_queue_size: int | None = None,
         **options: Any,
@@ -72,6 +73,7 @@ class LLM(EngineControl):
         tokenizer: a tokenizer, or where to load one from; None takes the model's own.
         in_process: run the engine in a thread of this process, for debugging and for logits
             processors that are plain callables.
+        num_threads: of the engine's process; None leaves it to OMP_NUM_THREADS, else all cores.
         seed: requests without a seed get theirs from this one, in the order they come.
         max_queue_size: requests under way at once; beyond it `generate_async` and streams raise
             RequestError, while calls that wait for their outputs wait for room too.
@@ -88,7 +90,12 @@ class LLM(EngineControl):
         self._pooling_config = pooling_config(engine)
         self._maker = JobMaker(self._tokenizer, default_sampling(engine), seed)
         self._frontend = Frontend(
-            engine, config, self._tokenizer, in_process=in_process, max_queue_size=max_queue_size
+            engine,
+            config,
+            self._tokenizer,
+            in_process=in_process,
+            num_threads=num_threads,
+            max_queue_size=max_queue_size,
         )
         weakref.finalize(self, self._frontend.close_soon).atexit = False
 
@@ -155,7 +162,7 @@ class LLM(EngineControl):
             cache_salt=cache_salt,
             cache_priority=cache_priority,
         )
-        return self._frontend.submit(job, streaming=streaming)
+        return self._frontend.submit(job, self, streaming=streaming)
 
     def chat(
         self,
@@ -206,7 +213,7 @@ class LLM(EngineControl):
         """Answer one conversation, as `stream` does."""
         render = self._renderer(template_options, "stream_chat")
         (job,) = self._jobs([messages], render, sampling_params)
-        return _pieces(self._frontend.submit(job, streaming=True))
+        return _pieces(self._frontend.submit(job, self, streaming=True))
 
     def batch(
         self,
@@ -323,7 +330,7 @@ class LLM(EngineControl):
         self, item: Any, is_chat: bool, params: SamplingParams, on_finish: Callable[[Any], None]
     ) -> RequestHandle:
         (job,) = self._jobs([item], render_chat if is_chat else encode_prompt, params)
-        return self._frontend.submit(job, wait=True, on_finish=on_finish)
+        return self._frontend.submit(job, self, wait=True, on_finish=on_finish)
 
     def _finish(
         self, jobs: Sequence[Job], use_tqdm: bool, what: str = "Generating"
@@ -335,7 +342,9 @@ class LLM(EngineControl):
             try:
                 progress = _Progress(bar)
                 for job in jobs:
-                    handles.append(self._frontend.submit(job, wait=True, on_finish=finished.put))
+                    handles.append(
+                        self._frontend.submit(job, self, wait=True, on_finish=finished.put)
+                    )
                     while not finished.empty():
                         progress.show(finished.get())
                 while progress.num_finished < len(jobs):

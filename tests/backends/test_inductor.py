@@ -55,7 +55,8 @@ def copied(engine: Engine, tmp_path: Path) -> Path:
 
 
 def tokens(engine: Engine) -> list[list[int]]:
-    outputs = LLM(engine, kv_cache_tokens=512).generate(PROMPTS, GREEDY, use_tqdm=False)
+    llm = LLM(engine, in_process=True, kv_cache_tokens=512)
+    outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

@@ -242,7 +242,7 @@ def hugging_face_tokens(model: PreTrainedModel) -> list[list[int]]:
 
 
 def tokens(engine: Any) -> list[list[int]]:
-    llm = LLM(engine)
+    llm = LLM(engine, in_process=True)
     outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=16, temperature=0.0))
     return [output.outputs[0].token_ids for output in outputs]
 

@@ -83,8 +83,11 @@ def test_an_encoder_does_not_generate(tmp_path: Path, capsys: pytest.CaptureFixt
     target = tmp_path / "engine"
     assert main(["build", str(folder), "-o", str(target), *options]) == 0
     assert Engine.load(target).is_encoder
-    with pytest.raises(UnsupportedModelError, match="is an encoder: it does not generate"):
-        LLM(str(target))
+    with (
+        LLM(str(target), in_process=True) as llm,
+        pytest.raises(UnsupportedModelError, match="is an encoder: it does not generate"),
+    ):
+        llm.generate([5, 6])
     capsys.readouterr()
     assert main(["run", str(target), "-p", "hello"]) == 1
     assert "is an encoder: it does not generate" in capsys.readouterr().err
@@ -106,7 +109,8 @@ def test_the_text_tower_of_a_model_for_text_and_images(name: str, tmp_path: Path
     tokens = []
     for given in (model, saved(model, tmp_path)):
         engine = compile_model(given, "eager", dtype="float32", block_size=16)
-        outputs = LLM(engine, kv_cache_tokens=512).generate(REQUESTS, params, use_tqdm=False)
+        llm = LLM(engine, in_process=True, kv_cache_tokens=512)
+        outputs = llm.generate(REQUESTS, params, use_tqdm=False)
         tokens.append([output.outputs[0].token_ids for output in outputs])
     assert tokens[0] == tokens[1]
     for request, ours in zip(REQUESTS, tokens[1], strict=True):

@@ -133,7 +133,8 @@ def test_tokens_where_transformers_uses_the_same_factors(
     message = f"RoPE of type longrope: the engine takes the frequencies for {max_seq_len} tokens"
     assert message in caplog.text
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    outputs = LLM(engine, kv_cache_tokens=1024).generate(prompts, params, use_tqdm=False)
+    llm = LLM(engine, in_process=True, kv_cache_tokens=1024)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     ours = [output.outputs[0].token_ids for output in outputs]
     assert ours == [greedy(model, prompt, 20) for prompt in prompts]
     assert len({token for tokens in ours for token in tokens}) > 12

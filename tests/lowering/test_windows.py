@@ -39,7 +39,8 @@ def test_the_mask_decides(name: str, expected: list[int]) -> None:
     engine = compile_model(model, "eager", dtype="float32")
     prompt = torch.randint(3, 120, (330,), generator=torch.Generator().manual_seed(1)).tolist()
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    outputs = LLM(engine, kv_cache_tokens=1024).generate([prompt], params, use_tqdm=False)
+    llm = LLM(engine, in_process=True, kv_cache_tokens=1024)
+    outputs = llm.generate([prompt], params, use_tqdm=False)
     comparison = compare_greedy(outputs, model, engine.manifest["errors"]["engine"])
     assert comparison.passed, comparison
 

@@ -56,11 +56,11 @@ def _run(arguments: argparse.Namespace, target: Path) -> int:
         say(f"   {what} against Hugging Face: relative error {error:.1e}")
 
     say(f"2. Load the artifact and generate for {len(PROMPTS)} requests at once")
-    llm = LLM(engine)
     params = SamplingParams(temperature=0, max_tokens=arguments.max_tokens)
-    start = time.perf_counter()
-    outputs = llm.generate(list(PROMPTS), params, use_tqdm=False)
-    seconds = time.perf_counter() - start
+    with LLM(engine) as llm:
+        start = time.perf_counter()
+        outputs = llm.generate(list(PROMPTS), params, use_tqdm=False)
+        seconds = time.perf_counter() - start
     for output in outputs:
         say(f"   {output.prompt!r} -> {output.outputs[0].text!r}")
     num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)

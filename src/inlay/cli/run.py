@@ -14,6 +14,7 @@ LISTS = (
     "allowed_token_ids",
     "bad_words",
     "bad_words_ids",
+    "logits_processors",
 )
 """Fields that are no single number: their flags may be repeated."""
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--logit-bias", type=_bias, action="append", metavar="ID=NUMBER")
     sampling.add_argument("--allowed-token-ids", type=int, action="append", metavar="int")
     sampling.add_argument("--stop-token-ids", type=int, action="append", metavar="int")
+    sampling.add_argument("--logits-processors", action="append", metavar="module:Class")
     compiling = parser.add_argument_group("compiling, where a model is given")
     add_dataclass_arguments(compiling, CompileOptions)
     for name in vars(CompileOptions)["__dataclass_fields__"]:
@@ -66,18 +68,18 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.logit_bias = dict(arguments.logit_bias or ())
     params = dataclass_from_arguments(arguments, SamplingParams)
     engine = open_or_compile(arguments)
-    llm = LLM(engine, tokenizer=arguments.tokenizer)
-    results = [_stream(llm, prompt, params, arguments) for prompt in arguments.prompt]
+    with LLM(engine, tokenizer=arguments.tokenizer) as llm:
+        results = [_stream(llm, prompt, params, arguments) for prompt in arguments.prompt]
     bandwidth = read_bandwidth()
     facts = []
     for output in results:
-        facts.append(_speed(output))
+        facts.append(_speed(output, params))
         cached = len(output.prompt_token_ids) + len(output.outputs[0].token_ids) // 2
         rate = facts[-1]["decode_tokens_per_s"]
         share = None if rate is None else rate * decode_bytes(engine, cached) / bandwidth
         facts[-1] |= {"bandwidth_share": share, "bandwidth_gb_s": bandwidth / 1e9}
     if arguments.json:
-        texts = [output.outputs[0].text for output in results]
+        texts = [one.text for output in results for one in output.outputs]
         print(json.dumps({"ok": True, "texts": texts, "metrics": facts}))
     else:
         for fact in facts:
@@ -114,30 +116,34 @@ def open_or_compile(arguments: argparse.Namespace) -> Any:
 
 
 def _stream(llm: Any, prompt: str, params: Any, arguments: argparse.Namespace) -> Any:
-    """Print one prompt's text as it comes; returns its last output."""
+    """Print one prompt's text as it comes, or several sequences' at the end; returns its last
+    output. Raises what the request failed of."""
     if arguments.chat:
         stream = llm.stream_chat([{"role": "user", "content": prompt}], params)
     else:
         stream = llm.stream(prompt, params)
-    output = None
+    output: Any = None
     for output in stream:
-        if not arguments.json:
+        if not arguments.json and params.n == 1 and output.outputs:
             print(output.outputs[0].delta, end="", flush=True)
     if not arguments.json:
-        print(flush=True)
+        several = [f"[{one.index}] {one.text}" for one in output.outputs if params.n > 1]
+        print(*several, sep="\n", flush=True)
+    if output.error is not None:
+        raise output.error
     return output
 
 
-def _speed(output: Any) -> dict[str, Any]:
+def _speed(output: Any, params: Any) -> dict[str, Any]:
     """Time to first token in seconds, and decode speed: tokens after the first over their time."""
     metrics, num_tokens = output.metrics, len(output.outputs[0].token_ids)
-    decode = metrics.finish_time - metrics.first_token_time
+    one_by_one = None if params.use_beam_search else metrics.mean_itl  # beams come all at once
     return {
         "prompt_tokens": len(output.prompt_token_ids),
         "output_tokens": num_tokens,
         "finish_reason": output.outputs[0].finish_reason,
         "ttft_s": metrics.ttft,
-        "decode_tokens_per_s": (num_tokens - 1) / decode if num_tokens > 1 else None,
+        "decode_tokens_per_s": 1 / one_by_one if one_by_one else None,
     }
 
 
