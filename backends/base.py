@@ -87,6 +87,10 @@ class LoadedModel(Protocol):
     def forward(self, step: StepInputs) -> torch.Tensor:
         """Run one step, writing the new tokens' keys and values; returns logits [R, vocab]."""
 
+    def forward_pieces(self, step: StepInputs) -> torch.Tensor:
+        """As `forward`, with what lies between attention calls replayed from CUDA graphs; these are
+        captured at the first call with a step's number of (padded) tokens."""
+
     def forward_hidden(self, step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The same; returns logits [R, vocab] and the final hidden states [T, hidden], which the
         LM head takes: those after the last norm. An encoder gives its hidden states twice."""

@@ -14,6 +14,7 @@ import torch
 from inlay.backends.base import KVGroup, ModelLimits
 from inlay.backends.kv_caches import LayerCache, blocks_of_groups, cached_layers, kv_groups
 from inlay.backends.program import AttentionStep, Program, SegmentStep
+from inlay.backends.static_call import StaticCall
 from inlay.backends.step import StepInputs
 from inlay.errors import RequestError
 from inlay.passes.kv_formats import kv_dtype
@@ -75,6 +76,15 @@ class ProgramModel:
         self._attention = attention
         self._attention_weights = attention_weights
         self._caches: dict[int, LayerCache] = {}
+        self._pieces: dict[tuple[int, tuple[torch.Size, ...]], SegmentCall] = {}
+        self._num_pieces = next(
+            (
+                index
+                for index, step in enumerate(program.steps)
+                if isinstance(step, SegmentStep) and "logits_indices" in step.inputs
+            ),
+            0,
+        )
         weight_lists = iter(weights)
         dead = _last_uses(program)
         self._plan: list[tuple[SegmentStep | AttentionStep, Any, Any, tuple[str, ...]]] = [
@@ -109,7 +119,25 @@ class ProgramModel:
         values = self._run(step, keep=self.program.hidden)
         return values[self.program.logits][0], values[self.program.hidden][0]
 
-    def _run(self, step: StepInputs, keep: str | None = None) -> dict[str, torch.Tensor]:
+    @torch.inference_mode()
+    def forward_pieces(self, step: StepInputs) -> torch.Tensor:
+        return self._run(step, in_pieces=True)[self.program.logits][0]
+
+    def _piece(self, index: int, inputs: list[torch.Tensor]) -> SegmentCall | None:
+        """The segment step at this index as a graph for these sizes; None behind the gathering of
+        logits rows, whose number differs from step to step."""
+        if index >= self._num_pieces:
+            return None
+        key = index, tuple(value.shape for value in inputs)
+        if key not in self._pieces:
+            _, segment, weights, _ = self._plan[index]
+            own = [value.clone() for value in inputs]
+            self._pieces[key] = StaticCall(lambda given: segment([*weights, *given]), own)
+        return self._pieces[key]
+
+    def _run(
+        self, step: StepInputs, keep: str | None = None, in_pieces: bool = False
+    ) -> dict[str, torch.Tensor]:
         """What is left at the end: the logits, and the value to keep."""
         assert self._caches, "allocate_kv_cache was not called"
         if self.is_encoder:
@@ -122,7 +150,9 @@ class ProgramModel:
         slots, tables = step.slot_mapping.unbind(0), step.block_tables.unbind(0)
         for index, (call, segment, weights, dead) in enumerate(self._plan):
             if isinstance(call, SegmentStep):
-                results = segment([*weights, *[values[name] for name in call.inputs]])
+                inputs = [values[name] for name in call.inputs]
+                piece = self._piece(index, inputs) if in_pieces else None
+                results = piece(inputs) if piece else segment([*weights, *inputs])
                 values.update(zip(call.outputs, results, strict=True))
             else:
                 values[call.output] = self._attention(

@@ -1,8 +1,9 @@
-"""How a step is run: from a graph captured for its padded size, or as it is. Nobody else decides.
+"""How a step is run: from a graph captured for its padded size, in pieces, or as it is.
 
-Decode steps (a token for each request, logits for each) have sizes that can be captured: the number
-of requests is padded up a ladder. Padding belongs to no request: its cache slot is -1, its request
-has no tokens, and its rows of logits are never read.
+Nobody else decides. Decode steps (a token for each request, logits for each) have sizes that can be
+captured whole: the number of requests is padded up a ladder. Of mixed steps that are not too large
+the parts between attention calls are captured, for each padded number of tokens. Padding belongs to
+no request: its cache slot is -1, its request has no tokens, its rows of logits are never read.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from dataclasses import replace
 
 import torch
 
-from inlay.backends.base import LoadedModel
+from inlay.backends.base import LoadedModel, ModelLimits
+from inlay.backends.static_call import StaticCall
 from inlay.backends.step import PADDING_SLOT, StepInputs, ladder_up_to, round_up
-from inlay.runtime.static_call import StaticCall
+
+MAX_PIECES_TOKENS = 512
+"""Mixed steps of more tokens are run as they are: launching them takes less than running them."""
 
 TENSORS = (
     "input_ids",
@@ -30,15 +34,17 @@ TENSORS = (
 class Dispatcher:
     """Runs a model's steps; with graphs, decode steps of the captured sizes from those."""
 
-    def __init__(self, model: LoadedModel, max_num_seqs: int, table_width: int) -> None:
+    def __init__(self, model: LoadedModel, limits: ModelLimits) -> None:
         self._model = model
-        self._sizes = ladder_up_to(max_num_seqs)
-        self._width = table_width
-        self._graphs: dict[int, StaticCall] = {}
+        self._sizes = ladder_up_to(limits.max_num_seqs)
+        self._piece_sizes = ladder_up_to(min(limits.max_num_tokens, MAX_PIECES_TOKENS))
+        self._width = -(-limits.max_seq_len // limits.block_size)
+        self._graphs: dict[int, StaticCall[torch.Tensor]] = {}
         self.num_replayed = 0
+        self.num_in_pieces = 0
 
     def capture(self) -> int:
-        """Capture every decode size, the largest first; bytes of the device that this took."""
+        """Capture all sizes, the largest first; bytes of the device that this took."""
         before = _memory_used(self._model.device)
         for size in reversed(self._sizes):
             blank = self._blank(size)
@@ -48,6 +54,8 @@ class Dispatcher:
                 ),
                 [getattr(blank, name) for name in TENSORS],
             )
+        for size in reversed(self._piece_sizes):
+            self._model.forward_pieces(self._blank(size))
         return _memory_used(self._model.device) - before
 
     def drop(self) -> None:
@@ -57,13 +65,15 @@ class Dispatcher:
     def forward(self, step: StepInputs) -> torch.Tensor:
         """Logits [R, vocab]; rows beyond step.num_logits are not to be read."""
         graph = self._graph_for(step)
-        if graph is None:
-            return self._model.forward(step)
-        self.num_replayed += 1
-        size = graph.inputs[0].shape[0]
-        return graph(self._padded(step, size))
+        if graph is not None:
+            self.num_replayed += 1
+            return graph(self._padded(step, graph.inputs[0].shape[0]))
+        if self._graphs and step.input_ids.shape[0] in self._piece_sizes:
+            self.num_in_pieces += 1
+            return self._model.forward_pieces(step)
+        return self._model.forward(step)
 
-    def _graph_for(self, step: StepInputs) -> StaticCall | None:
+    def _graph_for(self, step: StepInputs) -> StaticCall[torch.Tensor] | None:
         is_decode = step.num_tokens == step.num_requests == step.num_logits
         if not self._graphs or not is_decode:
             return None

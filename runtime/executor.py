@@ -114,8 +114,7 @@ class Executor:
         """The KV pool and the graphs, whose memory is measured first, with a pool of nothing."""
         model, limits, config = self.model, self.limits, self.config
         groups = model.kv_groups_for(config.kv_cache_dtype)
-        width = -(-limits.max_seq_len // limits.block_size)
-        self.dispatcher = Dispatcher(model, limits.max_num_seqs, width)
+        self.dispatcher = Dispatcher(model, limits)
         graph_bytes = 0
         if graphs and model.device.type == "cuda":
             model.allocate_kv_cache(1, config.kv_cache_dtype)
@@ -215,6 +214,7 @@ class Executor:
             "num_host_blocks": sum(map(len, cache.hosts)),
             "prefix_hit_rate": counters.num_cached_tokens / max(counters.num_prompt_tokens, 1),
             "num_graph_steps": self.dispatcher.num_replayed,
+            "num_piecewise_steps": self.dispatcher.num_in_pieces,
             **self.stats.summary(),
         }
 

@@ -69,6 +69,9 @@ class FakeModel:
     def forward(self, step: StepInputs) -> torch.Tensor:
         return self.forward_hidden(step)[0]
 
+    def forward_pieces(self, step: StepInputs) -> torch.Tensor:
+        return self.forward(step)
+
     def forward_hidden(self, step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits, and hidden states [T, 2]: each row is its token and position."""
         self.steps.append(step)

@@ -79,6 +79,9 @@ class _Recorder:
     def forward(self, step: StepInputs) -> torch.Tensor:
         return self.forward_hidden(step)[0]
 
+    def forward_pieces(self, step: StepInputs) -> torch.Tensor:
+        return self.forward(step)
+
     def forward_hidden(self, step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         self.steps.append(step)
         logits, hidden = self._model.forward_hidden(step)

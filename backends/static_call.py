@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 
-Call = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+T = TypeVar("T")
 
 
-class StaticCall:
+class StaticCall(Generic[T]):
     """`call` with inputs of one size; replayed from a graph on CUDA, called plainly elsewhere."""
 
-    def __init__(self, call: Call, inputs: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, call: Callable[[Sequence[torch.Tensor]], T], inputs: Sequence[torch.Tensor]
+    ) -> None:
         """Capture it; inputs become its own, and their sizes are the only ones that it takes."""
         self.inputs = list(inputs)
         self._call = call
@@ -20,14 +23,18 @@ class StaticCall:
         if self.inputs[0].device.type == "cuda":
             self._capture()
 
-    def __call__(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Inputs may be smaller than the static ones: what lies beyond stays as it was."""
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> T:
+        """Inputs may be smaller than the static ones: what lies beyond stays as it was.
+
+        On CUDA the next call overwrites what this one gave.
+        """
         for own, given in zip(self.inputs, inputs, strict=True):
-            own[tuple(slice(size) for size in given.shape)].copy_(given, non_blocking=True)
+            if own is not given:
+                own[tuple(slice(size) for size in given.shape)].copy_(given, non_blocking=True)
         if self._graph is None:
             return self._call(self.inputs)
         self._graph.replay()
-        return self._output
+        return self.output
 
     def _capture(self) -> None:
         # What a first call sets up (handles, workspaces, kernels loaded late) cannot be captured.
@@ -38,4 +45,4 @@ class StaticCall:
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._output = self._call(self.inputs)
+            self.output = self._call(self.inputs)
