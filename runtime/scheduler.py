@@ -167,6 +167,20 @@ class Scheduler:
         self._leave(request)
         self.add(request)
 
+    def part(self, leader: Request, request: Request) -> None:
+        """Let the others of a family that is not forked yet go on without this sequence."""
+        if request is not leader:
+            leader.siblings.remove(request)
+            if request.slot >= 0:
+                self._give_back(request)
+            return
+        if leader.state is RequestState.RUNNING:
+            self.preempt(leader)
+        heir, *heir.siblings = leader.siblings
+        leader.siblings = []
+        heir.num_prompt_logprobs = leader.num_prompt_logprobs
+        self.add(heir)
+
     def finish(self, request: Request) -> None:
         """Take a sequence out, whatever its state, and free what it holds."""
         if request.state is RequestState.WAITING:
@@ -305,12 +319,15 @@ class Scheduler:
         """Give back the slot and the blocks of a running sequence."""
         self.running.remove(request)
         for one in (request, *request.siblings):
-            self.kv_cache.free(one.slot)
-            self._free_slots.append(one.slot)
-            one.slot = -1
+            self._give_back(one)
         request.drop_pending()
         request.num_computed_tokens = request.num_committed = 0
         request.epoch += 1
+
+    def _give_back(self, request: Request) -> None:
+        self.kv_cache.free(request.slot)
+        self._free_slots.append(request.slot)
+        request.slot = -1
 
     def _restart_beams(self, request: Request) -> None:
         assert request.beams is not None
