@@ -263,6 +263,7 @@ class Executor:
         begin = time.perf_counter()
         with self.stats.phase("schedule"):
             schedule = self.scheduler.schedule()
+        self.stats.counters.num_preemptions += schedule.num_preempted
         if not schedule.items:
             return False  # copies that are due wait for the next step that runs
         copies = self.kv_cache.take_copies()
@@ -316,7 +317,6 @@ class Executor:
     def _account(self, schedule: Schedule, rows: list[_Row]) -> None:
         """What was launched counts as done for the next step's schedule."""
         counters = self.stats.counters
-        counters.num_preemptions += schedule.num_preempted
         for item in schedule.items:
             request = item.request
             is_decode = item.num_tokens == 1 and item.start >= request.num_prompt_tokens

@@ -234,12 +234,19 @@ class Scheduler:
         while (self.kv_cache.wanted(request.slot, end) > self.kv_cache.available()).any():
             others = [one for one in self.running if not self.kv_cache.is_reserved(one.slot)]
             last = max(others, key=lambda one: one.rank)
+            if len(self.running) == 1 and self.kv_cache.has_pins:
+                self._unpin()
+                continue
             schedule.items[:] = [item for item in schedule.items if item.request is not last]
             self.preempt(last)
             schedule.num_preempted += 1
             if last is request:
                 return False
         return True
+
+    def _unpin(self) -> None:
+        logger.warning("pinned prefixes leave no room for a request and are unpinned")
+        self.kv_cache.unpin_all()
 
     def _next_waiting(self) -> Request | None:
         """Whose turn it is: the one that has waited too long, or the first with a cached prefix."""
@@ -273,8 +280,7 @@ class Scheduler:
         if not self._has_room(request, names, start + count):
             if self.running or not self.kv_cache.has_pins:
                 return False
-            logger.warning("pinned prefixes leave no room for a request and are unpinned")
-            self.kv_cache.unpin_all()
+            self._unpin()
             return self._admit(request, budget, schedule)
         self.waiting.remove(request)
         self._by_age.remove(request)
