@@ -45,6 +45,11 @@ class Admission:
                 "this model is an encoder: it gives hidden states and generates nothing; use "
                 "embed(), or give RequestOptions(pooling=...)"
             )
+        if self.is_encoder and params.prompt_logprobs is not None:
+            raise RequestError(
+                "this model is an encoder: it has no logits, and prompt_logprobs must be None; "
+                f"given {params.prompt_logprobs}"
+            )
         room = limits.max_seq_len + (options.pooling is not None)
         token_ids = check_prompt(prompt_token_ids, limits.vocab_size, room)
         if self.is_encoder and len(token_ids) > limits.max_num_tokens:

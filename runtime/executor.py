@@ -175,11 +175,15 @@ class Executor:
     def abort(self, request_id: str, index: int | None = None) -> bool:
         """End a request, or one of its sequences, in any state; False if it is not here (any more).
 
-        Its blocks are free at once: what is under way on the device comes before their next use.
+        Of a beam search, whose sequences are known at its end, none ends alone. Its blocks are free at once: what is under way on the device comes before their next use.
         """
         family = self._sequences.get(request_id, [])
         chosen = [one for one in family if index is None or one.index == index]
+        if index is not None and chosen and chosen[0].beams is not None:
+            return False
         for request in chosen:
+            if index is not None and family[0].siblings:
+                self.scheduler.part(family[0], request)
             self._end(request)
         return bool(chosen)
 
@@ -259,9 +263,10 @@ class Executor:
         begin = time.perf_counter()
         with self.stats.phase("schedule"):
             schedule = self.scheduler.schedule()
-            copies = self.kv_cache.take_copies()
+        self.stats.counters.num_preemptions += schedule.num_preempted
         if not schedule.items:
-            return False
+            return False  # copies that are due wait for the next step that runs
+        copies = self.kv_cache.take_copies()
         try:
             with self.stats.phase("prepare"):
                 rows, beams, work = self._prepare(schedule, copies)
@@ -312,7 +317,6 @@ class Executor:
     def _account(self, schedule: Schedule, rows: list[_Row]) -> None:
         """What was launched counts as done for the next step's schedule."""
         counters = self.stats.counters
-        counters.num_preemptions += schedule.num_preempted
         for item in schedule.items:
             request = item.request
             is_decode = item.num_tokens == 1 and item.start >= request.num_prompt_tokens
@@ -345,7 +349,8 @@ class Executor:
                         outputs += self._accept(row.request, token)
                 outputs += self._advance_beams(launched, result)
         except BaseException as error:
-            outputs += self._fail(launched.items, launched.work.copies, error)
+            parts = [*launched.items, *launched.rows]
+            outputs += self._fail(parts, launched.work.copies, error)
             if not isinstance(error, Exception):
                 self._undelivered += outputs
                 raise
@@ -453,18 +458,22 @@ class Executor:
         return [StepOutput(request_id, finish_reason="error", error=error)]
 
     def _fail(
-        self, items: Sequence[ScheduledRequest], copies: Sequence[BlockCopy], error: BaseException
+        self,
+        items: Sequence[ScheduledRequest | _Row],
+        copies: Sequence[BlockCopy],
+        error: BaseException,
     ) -> list[StepOutput]:
         """End all requests of a step that went wrong.
 
         Its copies may not have been made. Requests of a later step may have been launched upon
-        them; those are computed again.
+        them, or upon copies of what they should have brought; those are computed again.
         """
         self.kv_cache.discard(copies)
         names = dict.fromkeys(item.request.request_id for item in items if item.is_current)
         outputs = [output for name in names for output in self._fail_request(name, error)]
-        if any(copy.kind == "onboard" for copy in copies):
+        if any(copy.kind != "fork" for copy in copies):
             for launched in self._in_flight:
+                self.kv_cache.discard(launched.work.copies)
                 for item in launched.items:
                     if item.is_current:
                         self.scheduler.preempt(item.request)

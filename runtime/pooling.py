@@ -49,6 +49,8 @@ class Pooler:
         done = []
         for (item, _, _), part in zip(self.pieces, parts or (), strict=True):
             request, options = item.request, item.request.options
+            if not item.is_current:
+                continue
             if item.start == 0 or options.pooling == "last":
                 request.pooled = part
             elif options.pooling == "mean":

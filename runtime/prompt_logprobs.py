@@ -56,6 +56,8 @@ class PromptLogprobs:
         outputs = []
         for piece, result in zip(self.pieces, results, strict=True):
             request = piece.item.request
+            if not piece.item.is_current:
+                continue
             width = request.params.prompt_logprobs or 0
             found: list[dict[int, Logprob] | None] = []
             found += read_top_tokens(result, [width] * len(piece.tokens))

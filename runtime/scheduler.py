@@ -167,6 +167,20 @@ class Scheduler:
         self._leave(request)
         self.add(request)
 
+    def part(self, leader: Request, request: Request) -> None:
+        """Let the others of a family that is not forked yet go on without this sequence."""
+        if request is not leader:
+            leader.siblings.remove(request)
+            if request.slot >= 0:
+                self._give_back(request)
+            return
+        if leader.state is RequestState.RUNNING:
+            self.preempt(leader)
+        heir, *heir.siblings = leader.siblings
+        leader.siblings = []
+        heir.num_prompt_logprobs = leader.num_prompt_logprobs
+        self.add(heir)
+
     def finish(self, request: Request) -> None:
         """Take a sequence out, whatever its state, and free what it holds."""
         if request.state is RequestState.WAITING:
@@ -220,12 +234,19 @@ class Scheduler:
         while (self.kv_cache.wanted(request.slot, end) > self.kv_cache.available()).any():
             others = [one for one in self.running if not self.kv_cache.is_reserved(one.slot)]
             last = max(others, key=lambda one: one.rank)
+            if len(self.running) == 1 and self.kv_cache.has_pins:
+                self._unpin()
+                continue
             schedule.items[:] = [item for item in schedule.items if item.request is not last]
             self.preempt(last)
             schedule.num_preempted += 1
             if last is request:
                 return False
         return True
+
+    def _unpin(self) -> None:
+        logger.warning("pinned prefixes leave no room for a request and are unpinned")
+        self.kv_cache.unpin_all()
 
     def _next_waiting(self) -> Request | None:
         """Whose turn it is: the one that has waited too long, or the first with a cached prefix."""
@@ -259,8 +280,7 @@ class Scheduler:
         if not self._has_room(request, names, start + count):
             if self.running or not self.kv_cache.has_pins:
                 return False
-            logger.warning("pinned prefixes leave no room for a request and are unpinned")
-            self.kv_cache.unpin_all()
+            self._unpin()
             return self._admit(request, budget, schedule)
         self.waiting.remove(request)
         self._by_age.remove(request)
@@ -305,12 +325,15 @@ class Scheduler:
         """Give back the slot and the blocks of a running sequence."""
         self.running.remove(request)
         for one in (request, *request.siblings):
-            self.kv_cache.free(one.slot)
-            self._free_slots.append(one.slot)
-            one.slot = -1
+            self._give_back(one)
         request.drop_pending()
         request.num_computed_tokens = request.num_committed = 0
         request.epoch += 1
+
+    def _give_back(self, request: Request) -> None:
+        self.kv_cache.free(request.slot)
+        self._free_slots.append(request.slot)
+        request.slot = -1
 
     def _restart_beams(self, request: Request) -> None:
         assert request.beams is not None

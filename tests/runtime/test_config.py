@@ -55,6 +55,43 @@ def test_bad_values_are_named(name: str, value: Any) -> None:
         ExecutorConfig(**{name: value})
 
 
-def test_one_size_of_the_cache() -> None:
-    with pytest.raises(OptionError, match="leave one out; given 100 and 200"):
-        ExecutorConfig(kv_cache_tokens=100, kv_cache_memory=200)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"kv_cache_tokens": 100, "kv_cache_memory": 200},
+        {"kv_cache_memory": 200, "kv_cache_free_fraction": 0.5},
+    ],
+)
+def test_one_size_of_the_cache(sizes: dict[str, Any]) -> None:
+    one, two = sizes
+    message = f"{one} and {two} both size the KV cache.*given {sizes[one]}, {sizes[two]}"
+    with pytest.raises(OptionError, match=message):
+        ExecutorConfig(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("scheduler_policy", "fifo"),
+        ("overlap", "yes"),
+        ("cuda_graphs", 2),
+        ("enable_prefix_caching", None),
+        ("debug", "no"),
+    ],
+)
+def test_choices_are_named(name: str, value: Any) -> None:
+    with pytest.raises(OptionError, match=rf"{name} must be one of .*; given {value!r}"):
+        ExecutorConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, 1.1, -0.5, "half", True, float("nan")])
+def test_a_share_of_the_memory(value: Any) -> None:
+    with pytest.raises(OptionError, match=r"kv_cache_free_fraction must be in \(0, 1\]; given"):
+        ExecutorConfig(kv_cache_free_fraction=value)
+    assert ExecutorConfig(kv_cache_free_fraction=1).kv_cache_free_fraction == 1
+
+
+@pytest.mark.parametrize("value", ["json:loads", [1], None])
+def test_processors_are_a_list_of_names(value: Any) -> None:
+    with pytest.raises(OptionError, match="logits_processors must be a list of"):
+        ExecutorConfig(logits_processors=value)

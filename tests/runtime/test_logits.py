@@ -13,7 +13,7 @@ from transformers.generation import logits_process as hf
 from inlay.errors import RequestError
 from inlay.runtime.executor import Executor
 from inlay.runtime.logits import LogitsProcessor
-from inlay.runtime.request import Request
+from inlay.runtime.request import NewRequest, Request
 from inlay.runtime.sampler import NO_TOKEN, Sampler
 from inlay.runtime.sampling_params import SamplingParams
 from tests.runtime.fake_model import FakeModel, assert_nothing_held, run_all
@@ -122,9 +122,9 @@ def test_rows_that_ask_for_nothing_are_not_touched() -> None:
 def test_a_request_without_any_token_fails_alone(temperature: float) -> None:
     executor = Executor(FakeModel())
     good = SamplingParams(temperature=temperature, seed=1, max_tokens=6)
-    executor.add_request("right", [1, 2, 3], good)
+    executor.add_request(NewRequest("right", [1, 2, 3], good))
     bad = replace(good, allowed_token_ids=[5], bad_words_ids=[[5]])
-    executor.add_request("none left", [1, 2, 3], bad)
+    executor.add_request(NewRequest("none left", [1, 2, 3], bad))
     results = run_all(executor)
     assert results["none left"] == ([], "error")
     assert len(results["right"][0]) == 6
@@ -179,4 +179,4 @@ def test_values_that_are_not_allowed(options: dict[str, Any], message: str) -> N
 def test_tokens_that_the_model_does_not_have(options: dict[str, Any]) -> None:
     executor = Executor(FakeModel())
     with pytest.raises(RequestError, match=rf"{next(iter(options))} must be integers in \[0, 97\)"):
-        executor.add_request("r", [1], SamplingParams(**options))
+        executor.add_request(NewRequest("r", [1], SamplingParams(**options)))

@@ -11,6 +11,7 @@ from inlay.runtime.executor import Executor
 from inlay.runtime.logprobs import top_logprobs
 from inlay.runtime.output_processor import OutputProcessor
 from inlay.runtime.outputs import Logprob, StepOutput
+from inlay.runtime.request import NewRequest
 from inlay.runtime.sampling_params import SamplingParams
 from tests.runtime.fake_model import FakeModel
 from tests.runtime.toy_tokenizers import byte_level
@@ -40,10 +41,12 @@ def test_more_than_the_vocabulary_has() -> None:
 def test_requests_get_what_they_asked_for() -> None:
     """Of the model's own logits: what the request's bans and biases made of them does not show."""
     executor = Executor(FakeModel())
-    executor.add_request("none", [1, 2], GREEDY)
-    executor.add_request("own", [1, 2], replace(GREEDY, logprobs=0))
-    executor.add_request("some", [3], replace(GREEDY, logprobs=3))
-    executor.add_request("biased", [1, 2], replace(GREEDY, logprobs=2, logit_bias={5: 1000.0}))
+    executor.add_request(NewRequest("none", [1, 2], GREEDY))
+    executor.add_request(NewRequest("own", [1, 2], replace(GREEDY, logprobs=0)))
+    executor.add_request(NewRequest("some", [3], replace(GREEDY, logprobs=3)))
+    executor.add_request(
+        NewRequest("biased", [1, 2], replace(GREEDY, logprobs=2, logit_bias={5: 1000.0}))
+    )
     outputs: dict[str, list[StepOutput]] = {}
     while executor.has_unfinished:
         for output in executor.step():
