@@ -15,7 +15,7 @@ import torch
 
 from inlay.backends.base import LoadedModel, ModelLimits
 from inlay.backends.static_call import StaticCall
-from inlay.backends.step import PADDING_SLOT, StepInputs, ladder_up_to, round_up
+from inlay.backends.step import PADDING_SLOT, SMALLEST, StepInputs, ladder_up_to, round_up
 
 MAX_PIECES_TOKENS = 512
 """Mixed steps of more tokens are run as they are: launching them takes less than running them."""
@@ -55,7 +55,7 @@ class Dispatcher:
                 [getattr(blank, name) for name in TENSORS],
             )
         for size in reversed(self._piece_sizes):
-            self._model.forward_pieces(self._blank(size))
+            self._model.forward_pieces(self._blank(size, SMALLEST))
         return _memory_used(self._model.device) - before
 
     def drop(self) -> None:
@@ -91,8 +91,9 @@ class Dispatcher:
         tensors["block_tables"] = step.block_tables[:, :count]
         return [tensors[name] for name in TENSORS]
 
-    def _blank(self, size: int) -> StepInputs:
-        """A step of so many requests that are all padding."""
+    def _blank(self, size: int, num_requests: int | None = None) -> StepInputs:
+        """A step that is all padding: so many tokens, and as many requests unless told."""
+        count = num_requests or size
         groups, device = len(self._model.kv_groups), self._model.device
 
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -102,13 +103,13 @@ class Dispatcher:
             input_ids=zeros(size, dtype=torch.int64),
             position_ids=zeros(size, dtype=torch.int64),
             slot_mapping=zeros(groups, size, dtype=torch.int64).fill_(PADDING_SLOT),
-            block_tables=zeros(groups, size, self._width, dtype=torch.int32),
-            seq_lens=zeros(size, dtype=torch.int32),
-            query_start_loc=zeros(size + 1, dtype=torch.int32),
-            logits_indices=zeros(size, dtype=torch.int64),
+            block_tables=zeros(groups, count, self._width, dtype=torch.int32),
+            seq_lens=zeros(count, dtype=torch.int32),
+            query_start_loc=zeros(count + 1, dtype=torch.int32),
+            logits_indices=zeros(count, dtype=torch.int64),
             num_tokens=size,
-            num_requests=size,
-            num_logits=size,
+            num_requests=count,
+            num_logits=count,
         )
 
 

@@ -83,7 +83,11 @@ class FakeModel:
             self._caches[group][slots[written]] = pairs[written]
         # Padding rows are poison: whoever reads one notices.
         logits = torch.full((len(step.logits_indices), self.limits.vocab_size), torch.nan)
-        for row, index in enumerate(step.logits_indices[: step.num_logits].tolist()):
+        num_requests = int((step.seq_lens > 0).sum())
+        is_blank = not int(step.query_start_loc[-1])
+        is_decode = step.num_tokens == step.num_requests
+        num_logits = num_requests if is_decode or is_blank else step.num_logits
+        for row, index in enumerate(step.logits_indices[:num_logits].tolist()):
             logits[row] = torch.from_numpy(self._logits_at(step, index))
         return logits, torch.from_numpy(pairs).float()
 
@@ -106,9 +110,11 @@ class FakeModel:
         assert step.input_ids.shape[0] <= max(self.limits.max_num_tokens, 2)
         assert min(step.input_ids.shape[0], step.logits_indices.shape[0]) >= 2
         assert step.seq_lens.shape[0] <= self.limits.max_num_seqs
-        assert step.num_tokens == int(step.query_start_loc[-1])
-        assert (step.slot_mapping[:, step.num_tokens :] == PADDING_SLOT).all()
-        live = step.slot_mapping[:, : step.num_tokens]
+        # A captured step has the sizes that it was captured with; its tensors say what is real.
+        real = int(step.query_start_loc[-1])
+        assert step.num_tokens in (real, step.input_ids.shape[0])
+        assert (step.slot_mapping[:, real:] == PADDING_SLOT).all()
+        live = step.slot_mapping[:, :real]
         assert (live != PADDING_SLOT).all()
         assert all(len(set(slots.tolist())) == len(slots) for slots in live), "two tokens, one slot"
 

@@ -195,6 +195,7 @@ class Traffic:
         """Compare with the request by itself; returns how it ended."""
         outputs = [output for mine in sent.outputs.values() for output in mine]
         errors = [output.error for output in outputs if output.error is not None]
+        assert all(isinstance(error, OutOfLuckError | RequestError) for error in errors), errors
         cut = sent.aborted or bool(errors) or any(o.finish_reason == "timeout" for o in outputs)
         if sent.options.pooling:
             if not cut:
@@ -294,6 +295,8 @@ def test_random_traffic(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stats = executor.get_stats()
     if name != "plain":
         assert stats["num_cached_tokens"] > 100
+    if "bucketed" in name:
+        assert min(stats["num_graph_steps"], stats["num_piecewise_steps"]) > 100
     if "evicting" in name:
         assert stats["num_preemptions"] > 10
     executor.shutdown()
