@@ -22,6 +22,8 @@ BLOCKS, FEW = 16, 256
 """On a CPU tokens are narrowed to those as large as the FEW-th of the maxima of blocks of BLOCKS;
 most top-k / top-p sets of language models are among them."""
 
+_NONE = np.zeros(0, dtype=np.int64)
+
 
 def first_argmax(x: torch.Tensor) -> torch.Tensor:
     """The index of each row's maximum, the first of equals: [N, V] -> int64 [N]."""
@@ -86,33 +88,56 @@ def sample_truncated(
     if scaled.device.type != "cpu":
         lowest = lowest_kept(scaled, top_k, top_p, has_top_k=has_top_k)
         return _gumbel_max(scaled.masked_fill(scaled < lowest[:, None], -torch.inf), keys)
-    rows = zip(
-        scaled.numpy(),
-        keys.tolist(),
-        top_k.tolist(),
-        top_p.tolist(),
-        _few_from(scaled).tolist(),
-        strict=True,
-    )
+    rows = zip(scaled.numpy(), keys.tolist(), top_k.tolist(), top_p.tolist(), strict=True)
     return torch.tensor([_draw_truncated(*row) for row in rows])
 
 
-def _few_from(scaled: torch.Tensor) -> np.ndarray:
-    """From which logit on there are few tokens, at least FEW: float32 [N]; -inf where V is small.
+def draw_row(
+    logits: np.ndarray,
+    key: int,
+    temperature: float,
+    top_p: float,
+    log_min_p: float,
+    typical_p: float,
+    top_k: int,
+) -> tuple[int, float]:
+    """All of a row's sampling on a CPU: float32 [V] -> the token, and the largest logit.
+
+    A row at a time, its numbers stay in the cache; and no thread waits for another, which costs
+    milliseconds where other programs use the cores too.
+    """
+    peak = logits.max()
+    if not np.isfinite(peak):
+        return 0, float(peak)
+    row = logits - peak
+    row /= np.float32(temperature)
+    if log_min_p > -math.inf:
+        np.copyto(row, -np.inf, where=row < np.float32(log_min_p))
+    if typical_p < 1:
+        limit = torch.tensor([typical_p], dtype=torch.float64)
+        np.copyto(row, -np.inf, where=~typical_mask(torch.from_numpy(row)[None], limit)[0].numpy())
+        row -= row.max()
+    if top_k == 0 and top_p >= 1:
+        return race(row, np.exp(row), key), float(peak)
+    return _draw_truncated(row, key, top_k, top_p), float(peak)
+
+
+def _few_from(row: np.ndarray) -> np.floating:
+    """From which logit on there are few tokens, at least FEW; -inf where V is small.
 
     A block is every (V / BLOCKS)th token, so that maxima are those of BLOCKS stretches.
     """
-    size = scaled.shape[1] // BLOCKS
+    size = len(row) // BLOCKS
     if size < 2 * FEW:
-        return np.full(len(scaled), -np.inf, dtype=np.float32)
-    maxima = scaled[:, : size * BLOCKS].unflatten(1, (BLOCKS, size)).amax(1)
-    return np.partition(maxima.numpy(), size - FEW, axis=-1)[:, size - FEW]
+        return np.float32(-np.inf)
+    maxima = row[: size * BLOCKS].reshape(BLOCKS, size).max(0)
+    return np.partition(maxima, size - FEW)[size - FEW]
 
 
-def _draw_truncated(row: np.ndarray, key: int, top_k: int, top_p: float, few_from: float) -> int:
+def _draw_truncated(row: np.ndarray, key: int, top_k: int, top_p: float) -> int:
     """One row of sample_truncated: with few tokens if they hold the whole set, else with all."""
-    few = np.flatnonzero(row >= np.float32(few_from))
     if top_k > 0:
+        few = np.flatnonzero(row >= _few_from(row))
         top_k = min(top_k, len(row))
         logits, token_ids = (row[few], few) if len(few) >= top_k else (row, None)
         inside = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
@@ -123,6 +148,8 @@ def _draw_truncated(row: np.ndarray, key: int, top_k: int, top_p: float, few_fro
     else:
         logits, weights, token_ids = row, np.exp(row), None
         allowed = top_p * weights.sum(dtype=np.float64)
+        # No weight is above 1: a set that weighs more has more tokens.
+        few = np.flatnonzero(row >= _few_from(row)) if allowed <= 2 * FEW else _NONE
         if weights[few].sum(dtype=np.float64) >= allowed:
             logits, weights, token_ids = row[few], weights[few], few
     if not allowed > 0:
