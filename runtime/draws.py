@@ -18,7 +18,7 @@ from inlay.runtime.noise import gumbel, uniforms
 ARGMAX_BLOCK = 256
 """amax is ten times as fast as argmax on a CPU: reduce blocks first, then search one block."""
 
-BLOCKS, FEW = 16, 256
+BLOCKS, FEW = 32, 256
 """On a CPU tokens are narrowed to those as large as the FEW-th of the maxima of blocks of BLOCKS;
 most top-k / top-p sets of language models are among them."""
 
@@ -110,7 +110,8 @@ def draw_row(
     if not np.isfinite(peak):
         return 0, float(peak)
     row = logits - peak
-    row /= np.float32(temperature)
+    if temperature != 1:
+        row /= np.float32(temperature)
     if log_min_p > -math.inf:
         np.copyto(row, -np.inf, where=row < np.float32(log_min_p))
     if typical_p < 1:
@@ -147,7 +148,7 @@ def _draw_truncated(row: np.ndarray, key: int, top_k: int, top_p: float) -> int:
         allowed = top_p * weights.sum(dtype=np.float64)
     else:
         logits, weights, token_ids = row, np.exp(row), None
-        allowed = top_p * weights.sum(dtype=np.float64)
+        allowed = top_p * float(weights.sum())
         # No weight is above 1: a set that weighs more has more tokens.
         few = np.flatnonzero(row >= _few_from(row)) if allowed <= 2 * FEW else _NONE
         if weights[few].sum(dtype=np.float64) >= allowed:
