@@ -1,14 +1,14 @@
 """Draw tokens from logits: argmax, the whole vocabulary, top-k / top-p sets. Nothing is sorted.
 
 All draws are Gumbel-max with the counter-based noise of `noise.py`: the token with the largest
-logit + noise. On a CPU most top-k / top-p sets are among a few likeliest tokens, which are found by
-blocks; for wider ones a race over the vocabulary finds the winner without finding the set. On other
-devices a bisection finds the set, in a fixed number of operations, so that the host need not wait.
+logit + noise. On a CPU a race between tokens finds it without finding the whole top-k / top-p set,
+mostly between a few that are likeliest by far. On other devices a bisection finds the set, in a
+fixed number of operations, so that the host need not wait.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from inlay.runtime.noise import gumbel, uniforms
 ARGMAX_BLOCK = 256
 """amax is ten times as fast as argmax on a CPU: reduce blocks first, then search one block."""
 
-WIDTH = 128
-"""Likeliest tokens that are looked at first on a CPU; most sets of language models fit."""
+BLOCKS, FEW = 32, 256
+"""On a CPU tokens are narrowed to those as large as the FEW-th of the maxima of blocks of BLOCKS;
+most top-k / top-p sets of language models are among them."""
 
-BLOCKS = 16
-"""A block is every (V / 16)th token: its maximum is an elementwise maximum of 16 stretches."""
+_NONE = np.zeros(0, dtype=np.int64)
 
 
 def first_argmax(x: torch.Tensor) -> torch.Tensor:
@@ -46,8 +46,8 @@ def sample_plain(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """A token of each row: float32 [N, V], row maximum 0, int64 [N] -> int64 [N]."""
     if scaled.device.type != "cpu":
         return _gumbel_max(scaled, keys)
-    pairs = zip(scaled.contiguous().numpy(), keys.tolist(), strict=True)
-    return torch.tensor([race(row, key) for row, key in pairs])
+    pairs = zip(scaled.numpy(), keys.tolist(), strict=True)
+    return torch.tensor([race(row, np.exp(row), key) for row, key in pairs])
 
 
 def _gumbel_max(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -88,108 +88,114 @@ def sample_truncated(
     if scaled.device.type != "cpu":
         lowest = lowest_kept(scaled, top_k, top_p, has_top_k=has_top_k)
         return _gumbel_max(scaled.masked_fill(scaled < lowest[:, None], -torch.inf), keys)
-    rows = scaled.contiguous().numpy()
-    total = np.ones(len(rows))
-    for row in np.flatnonzero(top_k.numpy() == 0).tolist():
-        total[row] = np.exp(rows[row]).sum(dtype=np.float64)
-    # No weight is above 1, so that a set of more than WIDTH is wider than WIDTH for sure.
-    hopeful = bool((top_p.numpy() * total <= WIDTH).any())
-    tokens = torch.zeros(len(rows), dtype=torch.int64)
-    left = range(len(rows))
-    if hopeful:
-        tokens, complete = _sample_likeliest(scaled, keys, top_k, top_p, torch.from_numpy(total))
-        left = (~complete).nonzero().squeeze(1).tolist()
-    for row in left:
-        tokens[row] = race(rows[row], int(keys[row]), int(top_k[row]), float(top_p[row]))
-    return tokens
+    rows = zip(scaled.numpy(), keys.tolist(), top_k.tolist(), top_p.tolist(), strict=True)
+    return torch.tensor([_draw_truncated(*row) for row in rows])
 
 
-def _sample_likeliest(
-    scaled: torch.Tensor,
-    keys: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    total: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens from among the WIDTH likeliest: int64 [N]; and whether those hold the row's set."""
-    logits, token_ids = likeliest(scaled, WIDTH)
-    keep, complete = top_k_top_p_mask(logits, top_k, top_p, total)
-    if logits.shape[1] == scaled.shape[1]:
-        complete = torch.ones_like(complete)
-    scores = gumbel(keys, token_ids.to(torch.int32)).add_(logits)
-    best = scores.masked_fill_(~keep, -torch.inf).argmax(-1, keepdim=True)
-    return token_ids.gather(1, best).squeeze(1), complete
+def draw_row(
+    logits: np.ndarray,
+    key: int,
+    temperature: float,
+    top_p: float,
+    log_min_p: float,
+    typical_p: float,
+    top_k: int,
+) -> tuple[int, float]:
+    """All of a row's sampling on a CPU: float32 [V] -> the token, and the largest logit.
 
-
-def likeliest(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As x.topk(count), float [N, V] -> values and indices [N, count], at a tenth of its cost.
-
-    What is larger than the count-th largest block maximum lies in one of the count blocks with the
-    largest maxima. Which of the tokens come that equal the last one is not defined.
+    A row at a time, its numbers stay in the cache; and no thread waits for another, which costs
+    milliseconds where other programs use the cores too.
     """
-    size = x.shape[1] // BLOCKS
-    if size < 2 * count:
-        values, indices = x.topk(min(count, x.shape[1]), dim=-1)
-        return values, indices
-    blocks = x[:, : size * BLOCKS].unflatten(1, (BLOCKS, size))
-    best = blocks.amax(1).topk(count, dim=-1, sorted=False).indices
-    starts = torch.arange(BLOCKS, device=x.device)[:, None] * size
-    token_ids = (best[:, None, :] + starts).flatten(1)
-    tail = torch.arange(size * BLOCKS, x.shape[1], device=x.device)
-    token_ids = torch.cat((token_ids, tail.expand(len(x), -1)), dim=1)
-    values, places = x.gather(1, token_ids).topk(count, dim=-1)
-    return values, token_ids.gather(1, places)
+    peak = logits.max()
+    if not np.isfinite(peak):
+        return 0, float(peak)
+    row = logits - peak
+    if temperature != 1:
+        row /= np.float32(temperature)
+    if log_min_p > -math.inf:
+        np.copyto(row, -np.inf, where=row < np.float32(log_min_p))
+    if typical_p < 1:
+        limit = torch.tensor([typical_p], dtype=torch.float64)
+        np.copyto(row, -np.inf, where=~typical_mask(torch.from_numpy(row)[None], limit)[0].numpy())
+        row -= row.max()
+    if top_k == 0 and top_p >= 1:
+        return race(row, np.exp(row), key), float(peak)
+    return _draw_truncated(row, key, top_k, top_p), float(peak)
 
 
-def race(row: np.ndarray, key: int, top_k: int = 0, top_p: float = 1.0) -> int:
-    """The token with the largest logit + Gumbel noise in a row's top-k / top-p set.
+def _few_from(row: np.ndarray) -> np.floating:
+    """From which logit on there are few tokens, at least FEW; -inf where V is small.
 
-    row: float32 [V], the maximum 0. Gumbel noise is -log(E), E = -log1p(-v), v uniform: the winner
-    has the least E / exp(logit), which is at least v / exp(logit), and hardly more where it is
-    small. So the winner is among the first few in that order, and only of those logarithms are
-    taken. Those that are not in the set are passed over, with all that are less likely: about
-    log2(1 / probability of the set) times.
+    A block is every (V / BLOCKS)th token, so that maxima are those of BLOCKS stretches.
     """
-    weights = np.exp(row)
-    if not weights.sum() > 0:
-        return 0  # NaN
-    times = uniforms(key, len(row))
-    with np.errstate(divide="ignore", over="ignore"):
-        np.divide(times, weights, out=times)
+    size = len(row) // BLOCKS
+    if size < 2 * FEW:
+        return np.float32(-np.inf)
+    maxima = row[: size * BLOCKS].reshape(BLOCKS, size).max(0)
+    return np.partition(maxima, size - FEW)[size - FEW]
+
+
+def _draw_truncated(row: np.ndarray, key: int, top_k: int, top_p: float) -> int:
+    """One row of sample_truncated: with few tokens if they hold the whole set, else with all."""
     if top_k > 0:
-        times[row < np.partition(row, -min(top_k, len(row)))[-min(top_k, len(row))]] = np.inf
-        weights[np.isinf(times)] = 0
-    is_kept = _membership(row, weights, top_p)
-    while not is_kept(row[first := int(times.argmin())]):
-        times[row <= row[first]] = np.inf
-    score = _exact_score(row, key, np.array([first]))[0]
-    # A little more than exp(-score), for what float32 rounds.
-    close = np.flatnonzero(times <= np.exp(-score) * (1 + 1e-4))
-    scores = _exact_score(row, key, close)
-    for token in close[np.argsort(-scores, kind="stable")].tolist():
-        if is_kept(row[token]):
-            return token
-    return first
+        few = np.flatnonzero(row >= _few_from(row))
+        top_k = min(top_k, len(row))
+        logits, token_ids = (row[few], few) if len(few) >= top_k else (row, None)
+        inside = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
+        logits = logits[inside]
+        weights = np.exp(logits)
+        token_ids = inside if token_ids is None else token_ids[inside]
+        allowed = top_p * weights.sum(dtype=np.float64)
+    else:
+        logits, weights, token_ids = row, np.exp(row), None
+        allowed = top_p * float(weights.sum())
+        # No weight is above 1: a set that weighs more has more tokens.
+        few = np.flatnonzero(row >= _few_from(row)) if allowed <= 2 * FEW else _NONE
+        if weights[few].sum(dtype=np.float64) >= allowed:
+            logits, weights, token_ids = row[few], weights[few], few
+    if not allowed > 0:
+        return 0  # NaN
+    return race(logits, weights, key, token_ids, allowed if top_p < 1 else np.inf)
 
 
-def _exact_score(row: np.ndarray, key: int, token_ids: np.ndarray) -> np.ndarray:
-    v = uniforms(key, token_ids).astype(np.float64)
-    with np.errstate(divide="ignore"):
-        return row[token_ids].astype(np.float64) - np.log(-np.log1p(-v))
+def race(
+    logits: np.ndarray,
+    weights: np.ndarray,
+    key: int,
+    token_ids: np.ndarray | None = None,
+    allowed: float = np.inf,
+) -> int:
+    """The token with the largest logit + Gumbel noise in a top-p set.
 
+    logits: float32 [K], the maximum 0. weights: exp(logits). token_ids: int64 [K]; None is all.
+    allowed: a token is in the set if the weights of those likelier than it sum to less.
 
-def _membership(
-    row: np.ndarray, weights: np.ndarray, top_p: float
-) -> Callable[[np.floating], bool]:
-    """Whether a token of this logit is in the top-p set: likelier ones hold less than top_p."""
-    if top_p >= 1:
-        return lambda logit: True
-    allowed = top_p * weights.sum(dtype=np.float64)
+    Gumbel noise is -log(E), E = -log1p(-v), v uniform: the winner has the least E / weight, which
+    is at least v / weight, and hardly more where v is small. So the winner is among the first few
+    in that order, and only of those logarithms are taken. Those outside the set are passed over,
+    with all that are less likely: about log2(1 / probability of the set) times.
+    """
+    v = uniforms(key, len(logits) if token_ids is None else token_ids)
+    with np.errstate(divide="ignore", over="ignore"):
+        times = v / weights
 
-    def is_kept(logit: np.floating) -> bool:
-        return bool((weights * (row > logit)).sum(dtype=np.float64) < allowed)
+    def is_in(index: int) -> bool:
+        likelier = weights * (logits > logits[index])
+        return allowed == np.inf or bool(likelier.sum(dtype=np.float64) < allowed)
 
-    return is_kept
+    first = int(times.argmin())
+    while not is_in(first):
+        np.copyto(times, np.inf, where=logits <= logits[first])
+        first = int(times.argmin())
+    delay = -math.log1p(-float(v[first])) if v[first] < 1 else math.inf
+    # A little more, for what float32 rounds.
+    close = np.flatnonzero(times <= delay / float(weights[first]) * (1 + 1e-4))
+    if len(close) > 1:
+        with np.errstate(divide="ignore"):
+            noise = -np.log(-np.log1p(-v[close].astype(np.float64)))
+        order = np.argsort(-(logits[close].astype(np.float64) + noise), kind="stable")
+        first = next(index for index in close[order].tolist() if is_in(index))
+    return first if token_ids is None else int(token_ids[first])
 
 
 def lowest_kept(
@@ -224,32 +230,3 @@ def _last_below(codes: torch.Tensor, amounts: torch.Tensor, limit: torch.Tensor)
         before = (amounts * (codes < probe[:, None])).sum(-1)
         low = torch.where((before < limit) & (probe <= _INFINITY), probe, low)
     return low
-
-
-def top_k_top_p_mask(
-    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, total: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which candidates stay, and for which rows none are missing: bool [N, K] and bool [N].
-
-    logits: [N, K], relative to the row's maximum, sorted from the likeliest down.
-
-    A token stays if fewer than top_k tokens are likelier, and if the tokens likelier than it hold
-    less than top_p of the top-k set's probability. Equal tokens share one fate, so the set does
-    not depend on how a sort orders them.
-    """
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    starts_tie = torch.ones_like(logits, dtype=torch.bool)
-    starts_tie[:, 1:] = logits[:, 1:] != logits[:, :-1]
-    num_likelier = torch.where(starts_tie, columns, 0).cummax(-1).values
-    in_top_k = (num_likelier < top_k[:, None]) | (top_k[:, None] == 0)
-    # cumsum adds along the row in order: its sums depend neither on the batch nor on the width.
-    weights = logits.double().exp()
-    mass = weights.cumsum(-1)
-    likelier_mass = (mass - weights).gather(1, num_likelier)
-    top_k_mass = mass.gather(1, in_top_k.sum(-1, keepdim=True) - 1)
-    allowed = top_p[:, None] * torch.where(top_k[:, None] > 0, top_k_mass, total[:, None])
-    keep = in_top_k & ((likelier_mass < allowed) | (top_p[:, None] == 1))
-    # Beyond a last candidate that stays there may be more. And the mass of a top-k set is only
-    # known once a candidate lies outside it.
-    reaches_further = torch.where(top_k > 0, in_top_k[:, -1], keep[:, -1])
-    return keep, ~reaches_further

@@ -6,6 +6,8 @@ preempted request that is computed again samples the same tokens.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 
@@ -55,13 +57,9 @@ def uniforms(key: int, token_ids: int | np.ndarray) -> np.ndarray:
     token_ids: int64 [K], or how many from 0 on. numpy's shifts are logical, and its calls cheap
     enough to keep the numbers in the cache.
     """
-    if isinstance(token_ids, int):
-        h = np.arange(token_ids, dtype=np.uint32)
-    else:
-        h = token_ids.astype(np.uint32)
     low, high = np.uint32(key & 0xFFFFFFFF), np.uint32((key >> 32) & 0xFFFFFFFF)
+    h = (_count(token_ids) if isinstance(token_ids, int) else token_ids.astype(np.uint32)) + low
     shifted = np.empty_like(h)
-    h += low
     for shift, factor, mixed in ((16, LOWBIAS_1, None), (15, LOWBIAS_2, high)):
         np.right_shift(h, np.uint32(shift), out=shifted)
         h ^= shifted
@@ -75,6 +73,11 @@ def uniforms(key: int, token_ids: int | np.ndarray) -> np.ndarray:
     v = h.view(np.int32).astype(np.float32)
     v *= np.float32(2.0**-31)
     return v
+
+
+@lru_cache(maxsize=8)
+def _count(size: int) -> np.ndarray:
+    return np.arange(size, dtype=np.uint32)
 
 
 def _negative_uniforms(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from inlay.runtime.draws import first_argmax, sample_plain, sample_truncated, typical_mask
+from inlay.runtime.draws import draw_row, first_argmax, sample_plain, sample_truncated, typical_mask
 from inlay.runtime.noise import row_keys
 from inlay.runtime.sampling_params import SamplingParams
 
@@ -149,7 +149,7 @@ class Sampler:
             tokens, peak = self._draw(draws.groups[0], logits, slots, positions)
         else:
             tokens = torch.empty(count, dtype=torch.int64, device=self.device)
-            peak = torch.empty(count, dtype=logits.dtype, device=self.device)
+            peak = torch.empty(count, device=self.device)
             for group in draws.groups:
                 index = to_device(group.rows, self.device)
                 tokens[index], peak[index] = self._draw(
@@ -168,12 +168,19 @@ class Sampler:
         """Tokens, and the rows' largest logits, which are NaN where any of a row is."""
         if group.kind == GREEDY:
             tokens = first_argmax(logits)
-            return tokens, logits.gather(1, tokens[:, None]).squeeze(1)
+            return tokens, logits.gather(1, tokens[:, None]).squeeze(1).float()
         seeds, top_k = self._integers[:, slots]
         temperature, top_p, log_min_p, typical_p = self._floats[:, slots]
-        peak = logits.amax(-1)
+        if self.device.type == "cpu":
+            parameters = zip(*self._floats[:, slots].tolist(), top_k.tolist(), strict=True)
+            rows = zip(logits.float().numpy(), row_keys(seeds, positions).tolist(), strict=True)
+            pairs = zip(rows, parameters, strict=True)
+            drawn = [draw_row(*row, *values) for row, values in pairs]
+            picked, peaks = zip(*drawn, strict=True)
+            return torch.tensor(picked), torch.tensor(peaks)
+        peak = logits.amax(-1).float()
         # Relative to the maximum, low temperatures keep their precision.
-        scaled = (logits.float() - peak[:, None].float()).div_(temperature.float()[:, None])
+        scaled = (logits.float() - peak[:, None]).div_(temperature.float()[:, None])
         keys = row_keys(seeds, positions)
         if group.has_min_p:
             scaled.masked_fill_(scaled < log_min_p.float()[:, None], -torch.inf)
