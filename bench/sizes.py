@@ -34,6 +34,7 @@ single = llm.generate(prompts[:1], params, use_tqdm=False)[0]
 begin = time.perf_counter()
 outputs = llm.generate(prompts, params, use_tqdm=False)
 seconds = time.perf_counter() - begin
+assert all(output.error is None for output in [single, *outputs]), "a request failed"
 decode = single.metrics.finish_time - single.metrics.first_token_time
 print(json.dumps({
     "ttft_128_s": round(single.metrics.ttft, 3),

@@ -52,6 +52,7 @@ def inlay_offline(llm: LLM, requests: list[Request]) -> tuple[float, list[Any]]:
     begin = time.perf_counter()
     params = [_params(num_new) for _, num_new in requests]
     outputs = llm.generate([ids for ids, _ in requests], params, use_tqdm=False)
+    assert all(output.error is None for output in outputs), "a request failed"
     return time.perf_counter() - begin, outputs
 
 

@@ -63,8 +63,8 @@ def left_in(*folders: Path) -> list[Path]:
 
 
 def tokens(engine: Engine) -> list[list[int]]:
-    llm = LLM(engine, in_process=True, kv_cache_tokens=512)
-    outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    with LLM(engine, in_process=True, kv_cache_tokens=512) as llm:
+        outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

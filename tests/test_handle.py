@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -415,8 +417,12 @@ def test_a_request_keeps_its_llm() -> None:
 
 def test_a_forgotten_llm_closes_its_engine() -> None:
     llm = FakeLLM()
-    client, finished = llm._frontend.client, threading.active_count()
+    clients, finished = [llm._frontend.client], threading.active_count()
     llm.generate("a fox", GREEDY, use_tqdm=False)
+    model = weakref.ref(llm.model)
     del llm
-    wait_until(lambda: not client.alive)
+    wait_until(lambda: not clients[0].alive)
+    clients.clear()
     wait_until(lambda: threading.active_count() < finished)
+    gc.collect()
+    assert model() is None, "something holds the engine"

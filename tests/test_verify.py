@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from inlay.runtime.outputs import CompletionOutput, RequestOutput
+from inlay.runtime.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from inlay.verify import GAP_FACTOR, TokenComparison, compare_greedy
 from tests.toys import build_toy
 
@@ -15,7 +16,7 @@ from tests.toys import build_toy
 def output(prompt: list[int], generated: list[int]) -> RequestOutput:
     completion = SimpleNamespace(token_ids=generated)
     assert {"token_ids"} <= set(CompletionOutput.__dataclass_fields__)
-    return SimpleNamespace(prompt_token_ids=prompt, outputs=[completion])  # type: ignore[return-value]
+    return RequestOutput("r", None, prompt, [completion], True, RequestMetrics(0.0))  # type: ignore[list-item]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,12 @@ def generated() -> tuple[list[int], list[int], torch.Tensor]:
             rows.append(model(torch.tensor([ids])).logits[0, -1])
             ids = [*ids, int(rows[-1].argmax())]
     return prompt, ids[3:], torch.stack(rows)
+
+
+def test_a_request_that_failed_is_not_right() -> None:
+    failed = replace(output([5, 6, 7], []), error=RuntimeError("out of luck"))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        compare_greedy([failed], build_toy("llama"), 1e-6)
 
 
 def test_equal_tokens(generated: tuple[list[int], list[int], torch.Tensor]) -> None:

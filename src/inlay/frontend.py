@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+import weakref
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from inlay.errors import EngineError
@@ -15,13 +17,19 @@ from inlay.runtime.client import connect
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.output_processor import OutputProcessor
 from inlay.runtime.output_state import OutputState
-from inlay.runtime.outputs import StepOutput
 from inlay.runtime.request import NewRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHUT_DOWN = "the LLM was shut down; restart() starts its engine again, or make another LLM"
+
+
+class _Word(Enum):
+    """What the reaper is told, beside ids of requests to abort: its own end, or the engine's."""
+
+    END = auto()
+    CLOSE = auto()
 
 
 class Frontend:
@@ -43,24 +51,26 @@ class Frontend:
         max_queue_size: int | None,
     ) -> None:
         """Starts the executor; raises what `connect` does."""
+        # What the client calls must not hold the client: it would never be collected.
+        weak = weakref.proxy(self)
         self.processor = OutputProcessor(
             tokenizer,
-            lambda request_id, index: self.client.abort(request_id, index),
-            lambda: self.client.alive,
+            lambda request_id, index: weak.client.abort(request_id, index),
+            lambda: weak.client.alive,
             max_queue_size,
         )
         self._is_closed = False
+        self._changing = threading.Lock()
         self._request_ids = map(str, itertools.count())
-        self._left: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.client = connect(
             engine,
             config,
             in_process=in_process,
             num_threads=num_threads,
-            on_outputs=self._process,
+            on_outputs=self.processor.process,
             on_death=self.processor.fail_all,
         )
-        threading.Thread(target=self._clear_away, name="inlay-reaper", daemon=True).start()
+        self._start_reaper()
 
     def submit(
         self,
@@ -87,7 +97,7 @@ class Frontend:
             wait=wait,
             on_finish=on_finish,
         )
-        handle = RequestHandle(state, self.abort, self._left.put, owner)
+        handle = RequestHandle(state, self.abort, self._words.put, owner)
         try:
             self._check_open()
             self.client.submit(NewRequest(request_id, job.token_ids, job.params, job.options))
@@ -109,28 +119,43 @@ class Frontend:
 
     def restart(self) -> None:
         """Start the engine anew; what is under way fails."""
-        self.processor.fail_all(EngineError("the engine was restarted while this ran"))
-        self.client.restart()
-        self._is_closed = False
+        with self._changing:
+            self.processor.fail_all(EngineError("the engine was restarted while this ran"))
+            self.client.restart()
+            if self._is_closed:
+                self._start_reaper()
+            self._is_closed = False
 
     def close(self) -> None:
         """End the executor; what is under way fails with EngineError."""
-        self._is_closed = True
-        self.processor.fail_all(EngineError(SHUT_DOWN))
-        self.client.close()
+        with self._changing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self.processor.fail_all(EngineError(SHUT_DOWN))
+            self.client.close()
+            reaper = self._reaper
+            self._words.put(_Word.END)
+        if threading.current_thread() is not reaper:
+            reaper.join()  # it holds all of this, the engine too
 
     def close_soon(self) -> None:
         """Have it closed by another thread, for good."""
-        self._left.put(None)
-
-    def _process(self, outputs: list[StepOutput]) -> None:
-        self.processor.process(outputs)
+        self._words.put(_Word.CLOSE)
 
     def _check_open(self) -> None:
         if self._is_closed:
             raise EngineError(SHUT_DOWN)
 
-    def _clear_away(self) -> None:
-        while (request_id := self._left.get()) is not None:
-            self.abort(request_id)
-        self.close()
+    def _start_reaper(self) -> None:
+        self._words: queue.SimpleQueue[str | _Word] = queue.SimpleQueue()
+        self._reaper = threading.Thread(
+            target=self._clear_away, args=(self._words,), name="inlay-reaper", daemon=True
+        )
+        self._reaper.start()
+
+    def _clear_away(self, words: queue.SimpleQueue[str | _Word]) -> None:
+        while isinstance(word := words.get(), str):
+            self.abort(word)
+        if word is _Word.CLOSE:
+            self.close()

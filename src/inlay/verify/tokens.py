@@ -72,9 +72,13 @@ def compare_greedy(
 
     reference: with eager attention, in float32 for a verdict that means something.
     relative_error: RMS error of the engine's logits over their RMS, as its manifest states.
+
+    Raises what a request failed of: tokens that never came are not right.
     """
     total = TokenComparison(0, 0, 0, max(MAX_EXCUSED, GAP_FACTOR * relative_error))
     for output in outputs:
+        if output.error is not None:
+            raise output.error
         prompt, generated = output.prompt_token_ids, list(output.outputs[0].token_ids)
         ids = torch.tensor([[*prompt, *generated]])
         logits = reference(input_ids=ids, use_cache=False).logits[0].float()
