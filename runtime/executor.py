@@ -176,7 +176,8 @@ class Executor:
     def abort(self, request_id: str, index: int | None = None) -> bool:
         """End a request, or one of its sequences, in any state; False if it is not here (any more).
 
-        Of a beam search, whose sequences are known at its end, none ends alone. Its blocks are free at once: what is under way on the device comes before their next use.
+        Of a beam search, whose sequences are known at its end, none ends alone. Blocks are free at
+        once: what is under way on the device comes before their next use.
         """
         family = self._sequences.get(request_id, [])
         chosen = [one for one in family if index is None or one.index == index]
@@ -349,7 +350,7 @@ class Executor:
                         outputs += self._accept(row.request, token)
                 outputs += self._advance_beams(launched, result)
         except BaseException as error:
-            parts = [*launched.items, *launched.rows]
+            parts: list[ScheduledRequest | _Row] = [*launched.items, *launched.rows]
             outputs += self._fail(parts, launched.work.copies, error)
             if not isinstance(error, Exception):
                 self._undelivered += outputs
