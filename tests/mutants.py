@@ -29,7 +29,7 @@ from inlay.passes import (
 from inlay.passes.graph import calls, insert_call
 from inlay.passes.graph import replace as use_instead
 from inlay.passes.weights import TRANSFORMS
-from inlay.runtime import batch, executor, kv_cache
+from inlay.runtime import batch, block_pool, dispatch, executor, kv_cache
 from tests.breaking import (
     Break,
     Toy,
@@ -630,11 +630,24 @@ TOKENS_OF_A_BUILD: dict[str, tuple[Toy, Break]] = {
 """Guards compare with a shell of the same frequencies: what they are for, tokens tell."""
 
 
+def _first_block_for_all(take: Any, pool: block_pool.BlockPool) -> Any:
+    if pool.refs(0) == 0:
+        return take(pool)
+    pool.hold(0)
+    return 0, None
+
+
+def _padding_written(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Over a token beside the first sequence's newest."""
+    slots = tensors[2]
+    return [*tensors[:2], torch.where(slots < 0, slots[:, :1] ^ 1, slots), *tensors[3:]]
+
+
 RUNTIME: dict[str, Break] = {
     "token of another slot": with_arguments(
-        batch, "_gather_last_tokens", last_tokens=lambda tokens: tokens.flip(0)
+        batch.Batch, "fill_in", last_tokens=lambda tokens: tokens.flip(0)
     ),
-    "no token taken over": instead(batch, "_gather_last_tokens", lambda *_: None),
+    "no token taken over": instead(batch.Batch, "fill_in", lambda *_: None),
     "prompt chunk one token late": with_result(
         batch,
         "_step_request",
@@ -646,8 +659,14 @@ RUNTIME: dict[str, Break] = {
     "block table of another request": with_result(
         kv_cache.KVCache, "table", lambda table: table * 0
     ),
-    "a block handed out twice": with_result(
-        kv_cache.BlockPool, "allocate", lambda blocks: [0] * len(blocks)
+    "a block handed out twice": lambda patch: patch.function(
+        block_pool.BlockPool, "take", _first_block_for_all
+    ),
+    "a block named by its place alone": with_arguments(
+        block_pool, "block_hash", tokens=lambda tokens: ()
+    ),
+    "a window lets go of its first block": with_result(
+        kv_cache.KVCache, "_first_seen", lambda index: index + 1
     ),
     "logits of the row before": with_result(
         batch,
@@ -655,6 +674,14 @@ RUNTIME: dict[str, Break] = {
         lambda s: replace(s, logits_indices=(s.logits_indices - 1).clamp(min=0)),
     ),
     "sampled requests in another order": with_result(
-        executor, "prepare", lambda made: replace(made, sampled=made.sampled[::-1])
+        executor, "prepare", lambda made: replace(made, rows=made.rows[::-1])
+    ),
+    "a captured step with the tables of none": with_result(
+        dispatch.Dispatcher,
+        "_padded",
+        lambda tensors: [0 * t if t.ndim == 3 else t for t in tensors],
+    ),
+    "a captured step's padding is written": with_result(
+        dispatch.Dispatcher, "_padded", _padding_written
     ),
 }

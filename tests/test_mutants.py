@@ -137,12 +137,15 @@ def test_compiled_segments(name: str) -> None:
 
 
 def tokens(engine: Any, toy: Toy) -> TokenComparison:
-    """Three requests of two slots, the longest in chunks, against Hugging Face."""
+    """Three requests of two slots, the longest in chunks, against Hugging Face.
+
+    Overlapped, and decodes padded as for graphs: the parts that only a device needs run too.
+    """
     generator = torch.Generator().manual_seed(7)
     prompts = [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (5, 40, 19)]
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     options = {"kv_cache_tokens": 256, "max_num_tokens": 24, "max_num_seqs": 2}
-    with LLM(engine, in_process=True, **options) as llm:
+    with LLM(engine, in_process=True, overlap=True, cuda_graphs=True, **options) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     return compare_greedy(outputs, right_build(toy).model, 1e-6)
 

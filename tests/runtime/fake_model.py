@@ -110,11 +110,11 @@ class FakeModel:
         assert step.input_ids.shape[0] <= max(self.limits.max_num_tokens, 2)
         assert min(step.input_ids.shape[0], step.logits_indices.shape[0]) >= 2
         assert step.seq_lens.shape[0] <= self.limits.max_num_seqs
-        # A captured step has the sizes that it was captured with; its tensors say what is real.
-        real = int(step.query_start_loc[-1])
-        assert step.num_tokens in (real, step.input_ids.shape[0])
-        assert (step.slot_mapping[:, real:] == PADDING_SLOT).all()
-        live = step.slot_mapping[:, :real]
+        # A captured step has the numbers that it was captured with: of padding and all.
+        num_tokens = int(step.query_start_loc[-1])
+        assert step.num_tokens in (num_tokens, len(step.input_ids))
+        assert (step.slot_mapping[:, num_tokens:] == PADDING_SLOT).all()
+        live = step.slot_mapping[:, :num_tokens]
         assert (live != PADDING_SLOT).all()
         assert all(len(set(slots.tolist())) == len(slots) for slots in live), "two tokens, one slot"
 

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from inlay.backends.step import PADDING_SLOT, StepRequest, build_step
+from inlay.runtime.config import ExecutorConfig
+from inlay.runtime.dispatch import Dispatcher
+from inlay.runtime.executor import Executor
+from inlay.runtime.request import NewRequest
+from inlay.runtime.sampling_params import SamplingParams
+from tests.runtime.fake_model import LIMITS, FakeModel, run_all
+
+WIDTH = 16
+
+
+def make(max_num_seqs: int = 6) -> tuple[FakeModel, Dispatcher]:
+    model = FakeModel()
+    model.allocate_kv_cache(20)
+    dispatcher = Dispatcher(model, max_num_seqs, WIDTH)
+    assert dispatcher.capture() == 0, "on a CPU nothing is called, and nothing taken"
+    return model, dispatcher
+
+
+def request(token: int, start: int, block: int) -> StepRequest:
+    count = start // LIMITS.block_size + 1
+    return StepRequest([token], start, [[block + i for i in range(count)]] * 2)
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 2), (2, 2), (3, 4), (4, 4), (5, 6), (6, 6)])
+def test_decodes_are_padded_up_the_ladder(count: int, size: int) -> None:
+    model, dispatcher = make()
+    step = build_step([request(7 + i, i, 3 * i) for i in range(count)], LIMITS.block_size)
+    before = [tensor.clone() for group in range(2) for tensor in model.kv_tensors(group)]
+    logits = dispatcher.forward(step)
+    (run,) = model.steps
+    assert run.input_ids.tolist() == [7 + i for i in range(count)] + [0] * (size - count)
+    assert run.position_ids.tolist() == [*range(count)] + [0] * (size - count)
+    assert run.seq_lens.tolist() == [i + 1 for i in range(count)] + [0] * (size - count)
+    assert run.query_start_loc.tolist() == [*range(count + 1)] + [count] * (size - count)
+    assert run.slot_mapping[:, :count].tolist() == step.slot_mapping[:, :count].tolist()
+    assert (run.slot_mapping[:, count:] == PADDING_SLOT).all()
+    assert run.block_tables.shape == (2, size, WIDTH)
+    assert len(logits) == size
+    after = [tensor for group in range(2) for tensor in model.kv_tensors(group)]
+    for old, new in zip(before, after, strict=True):
+        assert int((old != new).any(-1).sum()) == count, "a slot for each token, no other"
+    assert dispatcher.num_replayed == 1
+
+
+def test_what_a_step_before_left_behind_is_not_read() -> None:
+    """Its tables were wider, and it had more requests."""
+    model, dispatcher = make()
+    dispatcher.forward(build_step([request(7, 30, 5), request(8, 31, 9), request(9, 9, 0)], 4))
+    graph = dispatcher._graphs[4]
+    assert (graph.inputs[3][:, :3] != 0).any()
+    step = build_step([request(1, 2, 3), request(2, 5, 4), request(3, 0, 1)], 4)
+    replayed = dispatcher.forward(step)
+    plain = FakeModel()
+    plain.allocate_kv_cache(20)
+    for own, other in zip(plain._caches, model._caches, strict=True):
+        own[:] = other
+    torch.testing.assert_close(replayed[:3], plain.forward(step)[:3], rtol=0, atol=0)
+    run = model.steps[-1]
+    assert run.block_tables[0, 0].tolist()[0] == 3
+    assert run.seq_lens.tolist() == [3, 6, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        [StepRequest([1, 2, 3], 0, [[0]] * 2)],
+        [StepRequest([1], 0, [[0]] * 2), StepRequest([2, 3], 0, [[1]] * 2)],
+        [StepRequest([1], 0, [[0]] * 2), StepRequest([2], 0, [[1]] * 2, needs_logits=False)],
+    ],
+)
+def test_mixed_steps_run_as_they_are(requests: list[StepRequest]) -> None:
+    model, dispatcher = make()
+    step = build_step(requests, LIMITS.block_size)
+    dispatcher.forward(step)
+    assert model.steps == [step]
+    assert dispatcher.num_replayed == 0
+
+
+def test_without_graphs_steps_run_as_they_are() -> None:
+    model, dispatcher = make()
+    dispatcher.drop()
+    step = build_step([request(7, 0, 0)], LIMITS.block_size)
+    dispatcher.forward(step)
+    assert model.steps == [step]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_tokens_are_the_same_with_and_without(overlap: bool) -> None:
+    def tokens(**options: Any) -> tuple[Executor, dict[str, tuple[list[int], str | None]]]:
+        executor = Executor(FakeModel(), ExecutorConfig(debug=True, overlap=overlap, **options))
+        for number in range(9):
+            params = SamplingParams(temperature=0.9, seed=number, max_tokens=3 + 3 * number)
+            prompt = [(7 * number + i) % 97 for i in range(1 + 3 * number)]
+            executor.add_request(NewRequest(f"{number}", prompt, params))
+        return executor, run_all(executor)
+
+    plain, expected = tokens(cuda_graphs=False)
+    replayed, found = tokens(cuda_graphs=True)
+    assert found == expected
+    assert plain.get_stats()["num_graph_steps"] == 0
+    assert replayed.get_stats()["num_graph_steps"] > 5
