@@ -6,6 +6,7 @@ are not yet in its KV cache: a whole prompt, a chunk of one, or the single token
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -45,6 +46,37 @@ class StepRequest:
 
 
 @dataclass(frozen=True)
+class FlatRequests:
+    """The same of all requests of a step, in arrays. T tokens, B requests, G KV groups."""
+
+    token_ids: np.ndarray  # [T]
+    counts: np.ndarray  # [B] int64, new tokens
+    computed: np.ndarray  # [B] int64, tokens before them
+    block_tables: np.ndarray  # [G, B, blocks] int32
+    num_logits: np.ndarray  # [B] int64, rows of logits wanted, of the last tokens
+
+    @classmethod
+    def of(cls, requests: Sequence[StepRequest], block_size: int) -> FlatRequests:
+        """Requests one behind the other; AssertionError where a table is too short for one."""
+        counts = np.array([len(r.token_ids) for r in requests], dtype=np.int64)
+        computed = np.array([r.num_computed_tokens for r in requests], dtype=np.int64)
+        width = max(len(table) for r in requests for table in r.block_tables)
+        tables = np.zeros((len(requests[0].block_tables), len(requests), width), dtype=np.int32)
+        for b, request in enumerate(requests):
+            needed = -(-int(computed[b] + counts[b]) // block_size)
+            for g, table in enumerate(request.block_tables):
+                assert len(table) >= needed, f"request {b}: {len(table)} blocks, {needed} needed"
+                tables[g, b, : len(table)] = table
+        return cls(
+            token_ids=np.concatenate([np.asarray(r.token_ids) for r in requests]),
+            counts=counts,
+            computed=computed,
+            block_tables=tables,
+            num_logits=np.array([r.num_logits for r in requests], dtype=np.int64),
+        )
+
+
+@dataclass(frozen=True)
 class StepInputs:
     """The tensors of one step. T tokens, B requests, R wanted logits, G KV groups.
 
@@ -65,15 +97,17 @@ class StepInputs:
     num_logits: int
 
     def to(self, device: torch.device) -> StepInputs:
-        """The same step with its tensors on a device."""
+        """The same step with its tensors on a device; itself where they are there."""
+        if self.input_ids.device == device:
+            return self
         tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
         return replace(self, **{name: t.to(device) for name, t in tensors.items()})
 
 
 def round_up(value: int, ladder: Sequence[int]) -> int:
     """The smallest rung of an ascending ladder that is at least value; value itself beyond it."""
-    index = int(np.searchsorted(np.asarray(ladder), value))
-    return value if index == len(ladder) else int(ladder[index])
+    index = bisect_left(ladder, value)
+    return value if index == len(ladder) else ladder[index]
 
 
 def ladder_up_to(limit: int, smallest: int = SMALLEST) -> list[int]:
@@ -84,7 +118,7 @@ def ladder_up_to(limit: int, smallest: int = SMALLEST) -> list[int]:
 
 
 def build_step(
-    requests: Sequence[StepRequest],
+    requests: Sequence[StepRequest] | FlatRequests,
     block_size: int,
     *,
     num_tokens: int | None = None,
@@ -97,41 +131,39 @@ def build_step(
 
     Raises AssertionError when a block table is too short for its tokens: the scheduler's fault.
     """
-    assert requests, "a step needs at least one request"
-    counts = np.array([len(r.token_ids) for r in requests], dtype=np.int64)
-    computed = np.array([r.num_computed_tokens for r in requests], dtype=np.int64)
-    num_groups = len(requests[0].block_tables)
-    real_tokens = int(counts.sum())
-    size_t, size_b = max(num_tokens or real_tokens, SMALLEST), num_requests or len(requests)
+    if not isinstance(requests, FlatRequests):
+        assert requests, "a step needs at least one request"
+        requests = FlatRequests.of(requests, block_size)
+    counts, computed, real_b = requests.counts, requests.computed, len(requests.counts)
+    num_groups, _, max_blocks = requests.block_tables.shape
+    starts = np.zeros(real_b + 1, dtype=np.int64)
+    np.cumsum(counts, out=starts[1:])
+    real_tokens = int(starts[-1])
+    size_t, size_b = max(num_tokens or real_tokens, SMALLEST), num_requests or real_b
     assert size_t >= real_tokens, f"{real_tokens} tokens do not fit {size_t}"
-    assert size_b >= len(requests), f"{len(requests)} requests do not fit {size_b}"
+    assert size_b >= real_b, f"{real_b} requests do not fit {size_b}"
     assert counts.min() > 0, "a request without tokens has no last row"
 
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    owner = np.repeat(np.arange(len(requests)), counts)
+    owner = np.repeat(np.arange(real_b), counts)
     positions = np.zeros(size_t, dtype=np.int64)
-    positions[:real_tokens] = np.arange(real_tokens) - starts[owner] + computed[owner]
+    positions[:real_tokens] = np.arange(real_tokens) + (computed - starts[:-1])[owner]
     input_ids = np.zeros(size_t, dtype=np.int64)
-    input_ids[:real_tokens] = np.concatenate([np.asarray(r.token_ids) for r in requests])
+    input_ids[:real_tokens] = requests.token_ids
 
-    max_blocks = max(len(table) for r in requests for table in r.block_tables)
     block_tables = np.zeros((num_groups, size_b, max_blocks), dtype=np.int32)
-    for b, request in enumerate(requests):
-        for g, table in enumerate(request.block_tables):
-            needed = -(-int(computed[b] + counts[b]) // block_size)
-            assert len(table) >= needed, f"request {b}: {len(table)} blocks, {needed} needed"
-            block_tables[g, b, : len(table)] = table
+    block_tables[:, :real_b] = requests.block_tables
     slot_mapping = np.full((num_groups, size_t), PADDING_SLOT, dtype=np.int64)
-    real_positions = positions[:real_tokens]
-    blocks = block_tables[:, owner, real_positions // block_size].astype(np.int64)
-    slot_mapping[:, :real_tokens] = blocks * block_size + real_positions % block_size
+    index, offset = np.divmod(positions[:real_tokens], block_size)
+    blocks = block_tables[:, owner, index].astype(np.int64)
+    slot_mapping[:, :real_tokens] = blocks * block_size + offset
 
     seq_lens = np.zeros(size_b, dtype=np.int32)
-    seq_lens[: len(requests)] = computed + counts
+    seq_lens[:real_b] = computed + counts
     query_start_loc = np.full(size_b + 1, real_tokens, dtype=np.int32)
-    query_start_loc[: len(requests) + 1] = starts
-    rows = np.array([r.num_logits for r in requests])
-    wanted = np.arange(rows.sum()) + np.repeat(starts[1:] - np.cumsum(rows), rows)
+    query_start_loc[: real_b + 1] = starts
+    rows = requests.num_logits
+    ends = np.cumsum(rows)
+    wanted = np.arange(ends[-1]) + np.repeat(starts[1:] - ends, rows)
     size_r = max(num_logits or len(wanted), len(wanted), SMALLEST)
     logits_indices = np.zeros(size_r, dtype=np.int64)
     logits_indices[: len(wanted)] = wanted
@@ -144,6 +176,6 @@ def build_step(
         query_start_loc=torch.from_numpy(query_start_loc),
         logits_indices=torch.from_numpy(logits_indices),
         num_tokens=real_tokens,
-        num_requests=len(requests),
+        num_requests=real_b,
         num_logits=len(wanted),
     )

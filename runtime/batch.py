@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from inlay.backends.base import ModelLimits
-from inlay.backends.step import StepInputs, StepRequest, build_step, ladder_up_to, round_up
+from inlay.backends.step import FlatRequests, StepInputs, build_step, ladder_up_to, round_up
 from inlay.runtime.kv_cache import KVCache
 from inlay.runtime.request import UNKNOWN_TOKEN
 from inlay.runtime.scheduler import ScheduledRequest
@@ -61,35 +61,35 @@ def prepare(items: Sequence[ScheduledRequest], kv_cache: KVCache, sizes: StepSiz
     The input of a sequence whose newest token is still being sampled is taken on the device, so
     that the host need not have seen a token before the next step is launched.
     """
-    requests = [_step_request(item, kv_cache) for item in items]
-    counts = np.array([request.num_logits for request in requests])
-    rows = np.where(counts > 0, np.cumsum(counts) - 1, -1).tolist()
+    slots = np.array([item.request.slot for item in items], dtype=np.int64)
+    requests = _flatten(items, slots, kv_cache)
+    lasts, last_rows = np.cumsum(requests.counts) - 1, np.cumsum(requests.num_logits) - 1
+    waiting = requests.token_ids[lasts] == UNKNOWN_TOKEN
+    places = lasts[waiting]
+    requests.token_ids[places] = 0
     step = build_step(
         requests,
         kv_cache.block_size,
-        num_tokens=round_up(sum(item.num_tokens for item in items), sizes.tokens),
+        num_tokens=round_up(int(lasts[-1]) + 1, sizes.tokens),
         num_requests=round_up(len(items), sizes.requests),
-        num_logits=round_up(int(counts.sum()), sizes.logits),
+        num_logits=round_up(int(last_rows[-1]) + 1, sizes.logits),
     )
-    waiting = [row for row, item in enumerate(items) if _newest(item) == UNKNOWN_TOKEN]
-    places = step.query_start_loc.numpy()[1:][waiting].astype(np.int64) - 1
-    slots = np.array([items[row].request.slot for row in waiting], dtype=np.int64)
-    return Batch(step, rows, (places, slots))
+    rows = np.where(requests.num_logits > 0, last_rows, -1).tolist()
+    return Batch(step, rows, (places, slots[waiting]))
 
 
-def _newest(item: ScheduledRequest) -> int:
-    return item.request.token_ids[item.end - 1]
-
-
-def _step_request(item: ScheduledRequest, kv_cache: KVCache) -> StepRequest:
-    request = item.request
-    tokens = request.token_ids[item.start : item.end]
-    if tokens[-1] == UNKNOWN_TOKEN:
-        tokens[-1] = 0
-    return StepRequest(
-        token_ids=tokens,
-        num_computed_tokens=item.start,
-        block_tables=kv_cache.table(request.slot, item.end),
-        needs_logits=item.needs_logits,
-        all_logits=item.all_logits,
+def _flatten(
+    items: Sequence[ScheduledRequest], slots: np.ndarray, kv_cache: KVCache
+) -> FlatRequests:
+    tokens: list[int] = []
+    for item in items:
+        tokens += item.request.token_ids[item.start : item.end]
+    numbers = [(item.num_tokens, item.start, item.num_logits) for item in items]
+    counts, computed, num_logits = np.array(numbers, dtype=np.int64).T
+    return FlatRequests(
+        token_ids=np.array(tokens, dtype=np.int64),
+        counts=counts,
+        computed=computed,
+        block_tables=kv_cache.tables(slots, computed + counts),
+        num_logits=num_logits,
     )

@@ -202,11 +202,11 @@ class KVCache:
     def release(self, slot: int, num_tokens: int) -> None:
         """Let go of blocks that no later token's window reaches; num_tokens have been run."""
         for group, window in enumerate(self.windows):
-            if not window:
+            if not window or num_tokens < window:
                 continue
-            begin = min(self._first_seen(num_tokens, window), int(self._end[slot]))
-            held = int(self._begin[group, slot])
+            begin, held = self._first_seen(num_tokens, window), int(self._begin[group, slot])
             if begin > held:
+                begin = min(begin, int(self._end[slot]))
                 for block in self._tables[group, slot, held:begin].tolist():
                     self.pools[group].drop(block)
                 self._tables[group, slot, held:begin] = 0
@@ -220,14 +220,19 @@ class KVCache:
         self._begin[:, slot], self._end[slot], self._reserved[:, slot] = 0, 0, 0
         self._shared.pop(slot, None)
 
-    def table(self, slot: int, num_tokens: int) -> np.ndarray:
-        """The blocks of the slot's first num_tokens tokens: int32 [G, blocks], a view.
+    def tables(self, slots: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
+        """The blocks of the slots' first num_tokens tokens: int32 [G, slots, blocks].
 
-        0 stands where a window has passed; nobody reads those.
+        0 stands where a window has passed; nobody reads those, nor what is behind a slot's tokens.
         """
-        needed = self.num_blocks_for(num_tokens)
-        assert needed <= self._end[slot], f"slot {slot} holds too few blocks"
-        return self._tables[:, slot, :needed]
+        needed = -(-num_tokens // self.block_size)
+        short = slots[needed > self._end[slots]]
+        assert not len(short), f"slot {short[0]} holds too few blocks"
+        return self._tables[:, slots, : int(needed.max())]
+
+    def table(self, slot: int, num_tokens: int) -> np.ndarray:
+        """The blocks of one slot's first num_tokens tokens: int32 [G, blocks]."""
+        return self.tables(np.array([slot]), np.array([num_tokens]))[:, 0]
 
     # The prefix cache.
 

@@ -57,6 +57,11 @@ class ScheduledRequest:
         return self.start + self.num_tokens
 
     @property
+    def num_logits(self) -> int:
+        """Rows of logits that it has."""
+        return self.num_tokens if self.all_logits else int(self.needs_logits)
+
+    @property
     def is_current(self) -> bool:
         """Whether the sequence still has the place that it was scheduled in."""
         return self.request.state is RequestState.RUNNING and self.request.epoch == self.epoch
@@ -150,9 +155,11 @@ class Scheduler:
 
     def commit(self, request: Request, num_tokens: int) -> None:
         """The first num_tokens tokens were run: others may use their blocks, windows pass on."""
-        if self.prefix_caching and request.beams is None:
-            names = request.name_blocks(self.kv_cache.block_size)
-            end = min(num_tokens // self.kv_cache.block_size, len(names))
+        block_size = self.kv_cache.block_size
+        is_full = num_tokens // block_size > request.num_committed
+        if is_full and self.prefix_caching and request.beams is None:
+            names = request.name_blocks(block_size)
+            end = min(num_tokens // block_size, len(names))
             if end > request.num_committed:
                 priority = request.options.cache_priority
                 self.kv_cache.commit(request.slot, names, request.num_committed, end, priority)
