@@ -71,6 +71,9 @@ class StillModel:
     def forward(self, step: StepInputs) -> torch.Tensor:
         return self._logits[: len(step.logits_indices)]
 
+    def forward_pieces(self, step: StepInputs) -> torch.Tensor:
+        return self.forward(step)
+
     def forward_hidden(self, step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         return self.forward(step), torch.zeros(len(step.input_ids), 1)
 

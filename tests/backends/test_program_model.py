@@ -176,3 +176,16 @@ def test_values_are_freed_after_their_last_use() -> None:
         ("o", "o2", "x"),
         ("hidden", "logits_indices"),
     ]
+
+
+def test_pieces_give_what_the_whole_gives(model: ProgramModel) -> None:
+    """Twice, with others in between, so that nothing of an earlier call may be left."""
+    prompts = [prompt(6, 1), prompt(6, 2), prompt(3, 3)]
+    steps = [build_step([request(ids, first=3 * i)], BLOCK_SIZE) for i, ids in enumerate(prompts)]
+    expected = [model.forward(step).clone() for step in steps]
+    for _ in range(2):
+        for step, logits in zip(steps, expected, strict=True):
+            torch.testing.assert_close(model.forward_pieces(step), logits, rtol=0, atol=0)
+    indices = {index for index, _ in model._pieces}
+    assert len(indices) == len(model.program.attention_steps) + 1
+    assert len(model._pieces) == 2 * len(indices), "one for each number of tokens"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ WIDTH = 16
 def make(max_num_seqs: int = 6) -> tuple[FakeModel, Dispatcher]:
     model = FakeModel()
     model.allocate_kv_cache(20)
-    dispatcher = Dispatcher(model, max_num_seqs, WIDTH)
-    assert dispatcher.capture() == 0, "on a CPU nothing is called, and nothing taken"
+    dispatcher = Dispatcher(model, replace(LIMITS, max_num_seqs=max_num_seqs))
+    assert dispatcher.capture() == 0, "on a CPU no memory is taken"
+    model.steps.clear()
     return model, dispatcher
 
 
@@ -76,12 +78,18 @@ def test_what_a_step_before_left_behind_is_not_read() -> None:
         [StepRequest([1], 0, [[0]] * 2), StepRequest([2], 0, [[1]] * 2, needs_logits=False)],
     ],
 )
-def test_mixed_steps_run_as_they_are(requests: list[StepRequest]) -> None:
+def test_mixed_steps_run_in_pieces_where_their_size_was_captured(
+    requests: list[StepRequest],
+) -> None:
     model, dispatcher = make()
     step = build_step(requests, LIMITS.block_size)
-    dispatcher.forward(step)
-    assert model.steps == [step]
+    padded = build_step(requests, LIMITS.block_size, num_tokens=4)
+    for one in (step, padded):
+        dispatcher.forward(one)
+    assert model.steps == [step, padded]
     assert dispatcher.num_replayed == 0
+    sizes = len(step.input_ids), len(padded.input_ids)
+    assert dispatcher.num_in_pieces == sum(size in (2, 4, 8, 16, 24) for size in sizes)
 
 
 def test_without_graphs_steps_run_as_they_are() -> None:
