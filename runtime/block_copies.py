@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from inlay.backends.base import LoadedModel
-from inlay.runtime.kv_cache import BlockCopy
+from inlay.runtime.block_tables import BlockCopy
 
 
 class BlockCopier:

@@ -24,9 +24,10 @@ from inlay.runtime.batch import MAX_PROMPT_LOGITS, StepSizes, prepare
 from inlay.runtime.beams import Beams
 from inlay.runtime.block_copies import BlockCopier
 from inlay.runtime.block_pool import block_names
+from inlay.runtime.block_tables import BlockCopy
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.dispatch import Dispatcher
-from inlay.runtime.kv_cache import BlockCopy, KVCache
+from inlay.runtime.kv_cache import KVCache
 from inlay.runtime.launcher import InlineLauncher, Launcher, Pending
 from inlay.runtime.memory import num_host_blocks, num_kv_blocks
 from inlay.runtime.outputs import StepOutput

@@ -10,8 +10,8 @@ import torch
 from inlay.backends.base import LoadedModel
 from inlay.runtime.batch import Batch
 from inlay.runtime.block_copies import BlockCopier
+from inlay.runtime.block_tables import BlockCopy
 from inlay.runtime.dispatch import Dispatcher
-from inlay.runtime.kv_cache import BlockCopy
 from inlay.runtime.logprobs import TopTokens
 from inlay.runtime.pooling import Pooler
 from inlay.runtime.prompt_logprobs import PromptLogprobs

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from inlay.runtime.block_tables import BlockCopy
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.executor import Executor
-from inlay.runtime.kv_cache import BlockCopy
 from inlay.runtime.outputs import StepOutput
 from inlay.runtime.request import NewRequest
 from inlay.runtime.sampling_params import SamplingParams

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from inlay.runtime.block_pool import block_names
-from inlay.runtime.kv_cache import BlockCopy, KVCache, most_held
+from inlay.runtime.block_tables import BlockCopy
+from inlay.runtime.kv_cache import KVCache, most_held
 
 WINDOW = 6
 
