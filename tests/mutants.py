@@ -650,14 +650,14 @@ RUNTIME: dict[str, Break] = {
     "no token taken over": instead(batch.Batch, "fill_in", lambda *_: None),
     "prompt chunk one token late": with_result(
         batch,
-        "_step_request",
-        lambda r: replace(r, num_computed_tokens=max(r.num_computed_tokens - 1, 0)),
+        "_flatten",
+        lambda flat: replace(flat, computed=(flat.computed - 1).clip(0)),
     ),
     "blocks in another order at each step": with_result(
-        kv_cache.KVCache, "table", lambda table: table[:, ::-1]
+        kv_cache.KVCache, "tables", lambda tables: tables[:, :, ::-1].copy()
     ),
     "block table of another request": with_result(
-        kv_cache.KVCache, "table", lambda table: table * 0
+        kv_cache.KVCache, "tables", lambda tables: tables * 0
     ),
     "a block handed out twice": lambda patch: patch.function(
         block_pool.BlockPool, "take", _first_block_for_all

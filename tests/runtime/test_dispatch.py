@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from inlay.backends.step import PADDING_SLOT, StepRequest, build_step
+from inlay.backends.step import PADDING_SLOT, FlatRequests, StepInputs, StepRequest, build_step
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.dispatch import Dispatcher
 from inlay.runtime.executor import Executor
@@ -26,6 +26,11 @@ def make(max_num_seqs: int = 6) -> tuple[FakeModel, Dispatcher]:
     return model, dispatcher
 
 
+def build(requests: list[StepRequest], num_tokens: int | None = None) -> StepInputs:
+    size = LIMITS.block_size
+    return build_step(FlatRequests.of(requests, size), size, num_tokens=num_tokens)
+
+
 def request(token: int, start: int, block: int) -> StepRequest:
     count = start // LIMITS.block_size + 1
     return StepRequest([token], start, [[block + i for i in range(count)]] * 2)
@@ -34,7 +39,7 @@ def request(token: int, start: int, block: int) -> StepRequest:
 @pytest.mark.parametrize(("count", "size"), [(1, 2), (2, 2), (3, 4), (4, 4), (5, 6), (6, 6)])
 def test_decodes_are_padded_up_the_ladder(count: int, size: int) -> None:
     model, dispatcher = make()
-    step = build_step([request(7 + i, i, 3 * i) for i in range(count)], LIMITS.block_size)
+    step = build([request(7 + i, i, 3 * i) for i in range(count)])
     before = [tensor.clone() for group in range(2) for tensor in model.kv_tensors(group)]
     logits = dispatcher.forward(step)
     (run,) = model.steps
@@ -55,10 +60,10 @@ def test_decodes_are_padded_up_the_ladder(count: int, size: int) -> None:
 def test_what_a_step_before_left_behind_is_not_read() -> None:
     """Its tables were wider, and it had more requests."""
     model, dispatcher = make()
-    dispatcher.forward(build_step([request(7, 30, 5), request(8, 31, 9), request(9, 9, 0)], 4))
+    dispatcher.forward(build([request(7, 30, 5), request(8, 31, 9), request(9, 9, 0)]))
     graph = dispatcher._graphs[4]
     assert (graph.inputs[3][:, :3] != 0).any()
-    step = build_step([request(1, 2, 3), request(2, 5, 4), request(3, 0, 1)], 4)
+    step = build([request(1, 2, 3), request(2, 5, 4), request(3, 0, 1)])
     replayed = dispatcher.forward(step)
     plain = FakeModel()
     plain.allocate_kv_cache(20)
@@ -82,8 +87,8 @@ def test_mixed_steps_run_in_pieces_where_their_size_was_captured(
     requests: list[StepRequest],
 ) -> None:
     model, dispatcher = make()
-    step = build_step(requests, LIMITS.block_size)
-    padded = build_step(requests, LIMITS.block_size, num_tokens=4)
+    step = build(requests)
+    padded = build(requests, num_tokens=4)
     for one in (step, padded):
         dispatcher.forward(one)
     assert model.steps == [step, padded]
@@ -95,7 +100,7 @@ def test_mixed_steps_run_in_pieces_where_their_size_was_captured(
 def test_without_graphs_steps_run_as_they_are() -> None:
     model, dispatcher = make()
     dispatcher.drop()
-    step = build_step([request(7, 0, 0)], LIMITS.block_size)
+    step = build([request(7, 0, 0)])
     dispatcher.forward(step)
     assert model.steps == [step]
 

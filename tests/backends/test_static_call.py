@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from inlay.runtime.static_call import StaticCall
+from inlay.backends.static_call import StaticCall
 
 
 def add(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
