@@ -85,7 +85,7 @@ class Traffic:
 
 def random_params(choice: random.Random, **fields: Any) -> SamplingParams:
     """Parameters of any kind."""
-    more = choice.choice(
+    more: dict[str, Any] = choice.choice(
         [
             {"temperature": 0.0},
             {"temperature": 0.0, "no_repeat_ngram_size": 3},
