@@ -126,7 +126,7 @@ class Sampler:
     def plan(self, slots: np.ndarray, positions: np.ndarray) -> Draws:
         """The host's half of sample."""
         kinds, groups = self._kind[slots], []
-        for kind in np.unique(kinds).tolist():
+        for kind in sorted(set(kinds.tolist())):
             rows = np.flatnonzero(kinds == kind)
             sampled = kind != GREEDY
             groups.append(
