@@ -196,7 +196,7 @@ class BlockTables:
                     self.copies.append(BlockCopy("offload", group, block, place))
                     self._record("offloaded", group, lost)
                     lost = gone
-            if lost is not None:
+            if lost is not None and self.pools[group].find(lost) is None:
                 self._record("removed", group, lost)
         return block
 

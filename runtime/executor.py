@@ -168,6 +168,10 @@ class Executor:
                 one.beams = beams
         self._sequences[name] = family
         if request.options.timeout is not None:
+            if len(self._deadlines) > 2 * len(self._sequences) + 100:  # most have ended
+                known = {one[0].order for one in self._sequences.values()}
+                self._deadlines = [entry for entry in self._deadlines if entry[1] in known]
+                heapq.heapify(self._deadlines)
             deadline = request.arrival_time + request.options.timeout
             heapq.heappush(self._deadlines, (deadline, family[0].order, name))
         self.stats.counters.num_prompt_tokens += len(token_ids)
@@ -301,7 +305,9 @@ class Executor:
             new += request.siblings
         now = time.perf_counter()
         for request in schedule.admitted:
-            request.scheduled_time = request.scheduled_time or now
+            if request.scheduled_time is None:
+                request.scheduled_time = now
+                self.stats.counters.num_cached_tokens += request.num_cached_tokens
         work = Work(
             batch,
             copies,
@@ -330,9 +336,6 @@ class Executor:
                 request.num_pending += 1
                 if request.siblings and request.beams is None:
                     self.scheduler.fork(request)
-        for request in schedule.admitted:
-            if not request.was_heard_of:
-                counters.num_cached_tokens += request.num_cached_tokens
 
     def _collect(self, launched: _Launched) -> list[StepOutput]:
         """Wait for a step's results and account for them; ends sequences that are complete."""

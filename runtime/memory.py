@@ -31,7 +31,11 @@ def num_kv_blocks(
     A group whose window no request can fill the pool with gets no more than requests can use.
     taken: bytes of the free memory that are spoken for (CUDA graphs).
     """
-    most = [_most_blocks(group, limits) for group in groups]
+    reaches = [group.window or limits.max_seq_len for group in groups]
+    most = [
+        _most_blocks(group, limits) if reach < max(reaches) else 0
+        for group, reach in zip(groups, reaches, strict=True)
+    ]
 
     def split(count: int) -> list[int]:
         return [min(count, each) if each else count for each in most]
@@ -75,9 +79,7 @@ def num_host_blocks(config: ExecutorConfig, groups: Sequence[KVGroup]) -> list[i
 
 
 def _most_blocks(group: KVGroup, limits: ModelLimits) -> int:
-    """Blocks of a group with a window that all requests together can hold; 0: no such bound."""
-    if not group.window:
-        return 0
+    """Blocks of a group with a window that all requests together can hold."""
     reach = group.window - 1 + 2 * min(limits.max_num_tokens, limits.max_seq_len)
     return limits.max_num_seqs * (-(-reach // limits.block_size) + 1)
 

@@ -299,7 +299,7 @@ class Scheduler:
                 self.kv_cache.reserve(one.slot, most)
         request.state, request.num_computed_tokens = RequestState.RUNNING, start
         request.num_committed = len(names)
-        if not request.was_heard_of:
+        if request.scheduled_time is None:
             request.num_cached_tokens = start
         self.running.append(request)
         schedule.admitted.append(request)

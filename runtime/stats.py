@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from inlay.errors import OptionError
+
 MAX_TRACE_EVENTS = 1_000_000
 """Events that a trace holds; later ones are not recorded, so that a forgotten one cannot grow."""
 
@@ -47,7 +49,14 @@ class Stats:
     @classmethod
     def logging_to(cls, path: str | None) -> Stats:
         """Stats that write each step's facts to this file; nowhere for None."""
-        return cls(_log=Path(path).open("a", encoding="utf-8") if path else None)
+        if path is None:
+            return cls()
+        try:
+            return cls(_log=Path(path).open("a", encoding="utf-8"))
+        except OSError as error:
+            raise OptionError(
+                f"iteration_log must be a file that can be written; given {path!r}: {error}"
+            ) from error
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
