@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from inlay.runtime.beam_search import BeamSearch
+from inlay.runtime.beam_search import BeamSearch, Hypothesis
 from inlay.runtime.processors import BatchedProcessors
 from inlay.runtime.request import Request
+
+if TYPE_CHECKING:
+    import torch
+
+    from inlay.runtime.scheduler import Scheduler
 
 
 @dataclass(eq=False)
@@ -41,3 +47,24 @@ class Beams:
             request_id=first.request_id,
             batched=self.processors,
         )
+
+    def advance(self, scores: torch.Tensor, scheduler: Scheduler) -> list[Hypothesis] | None:
+        """Let the search choose, and move blocks and tokens with the beams; its end, if this is it.
+
+        scores: float32 [live, vocab], log probabilities behind each live beam. RequestError where
+        there is nothing to choose from, or a logits processor fails.
+        """
+        for request in self.live:
+            request.drop_pending()
+        choices = self.search.advance(scores)
+        if choices is None:
+            return self.search.hypotheses()
+        family = self.family
+        if family[0].siblings:
+            scheduler.fork(family[0])
+        slots, parents = [one.slot for one in family], [parent for parent, _ in choices]
+        scheduler.kv_cache.reorder(slots, parents, family[0].num_computed_tokens)
+        histories = [[*family[parent].token_ids, token] for parent, token in choices]
+        for request, history in zip(family, histories, strict=True):
+            request.token_ids = history
+        return None

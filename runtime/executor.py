@@ -12,10 +12,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from inlay.backends.base import LoadedModel
 from inlay.errors import InlayError, RequestError
@@ -23,17 +20,18 @@ from inlay.runtime.admission import Admission
 from inlay.runtime.batch import MAX_PROMPT_LOGITS, StepSizes, prepare
 from inlay.runtime.beams import Beams
 from inlay.runtime.block_copies import BlockCopier
-from inlay.runtime.block_pool import block_names
 from inlay.runtime.block_tables import BlockCopy
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.dispatch import Dispatcher
+from inlay.runtime.executor_control import ExecutorControl
+from inlay.runtime.in_flight import Launched, Row
 from inlay.runtime.kv_cache import KVCache
-from inlay.runtime.launcher import InlineLauncher, Launcher, Pending
+from inlay.runtime.launcher import InlineLauncher, Launcher
 from inlay.runtime.memory import num_host_blocks, num_kv_blocks
 from inlay.runtime.outputs import StepOutput
 from inlay.runtime.pooling import Pooler
 from inlay.runtime.prompt_logprobs import PromptLogprobs
-from inlay.runtime.request import UNKNOWN_TOKEN, NewRequest, Request, RequestState, make_sequences
+from inlay.runtime.request import UNKNOWN_TOKEN, NewRequest, Request, make_sequences
 from inlay.runtime.sampler import NO_TOKEN
 from inlay.runtime.sampling import SampledToken, SamplingStage
 from inlay.runtime.scheduler import Schedule, ScheduledRequest, Scheduler
@@ -41,31 +39,7 @@ from inlay.runtime.stats import Stats
 from inlay.runtime.step_runner import Result, StepRunner, Work
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A sequence that a step samples a token for, in the place that it had then."""
-
-    request: Request
-    epoch: int
-
-    @property
-    def is_current(self) -> bool:
-        return self.request.state is RequestState.RUNNING and self.request.epoch == self.epoch
-
-
-@dataclass(frozen=True)
-class _Launched:
-    """A step that is under way. beams: searches, and the rows of scores that each has."""
-
-    items: list[ScheduledRequest]
-    rows: list[_Row]
-    beams: list[tuple[Beams, list[_Row]]]
-    work: Work
-    pending: Pending[Result]
-    begin: float
-
-
-class Executor:
+class Executor(ExecutorControl):
     """Runs requests on a model, step by step; tokens in, tokens out.
 
     Text is not its business: stop strings and detokenization are the caller's, who aborts a
@@ -107,7 +81,7 @@ class Executor:
         self._sizes = StepSizes.within(limits)
         self._sequences: dict[str, list[Request]] = {}
         self._deadlines: list[tuple[float, int, str]] = []
-        self._in_flight: deque[_Launched] = deque()
+        self._in_flight: deque[Launched] = deque()
         self._undelivered: list[StepOutput] = []
         self._num_requests = 0
 
@@ -212,47 +186,6 @@ class Executor:
             self.scheduler.check()
         return outputs
 
-    def get_stats(self) -> dict[str, Any]:
-        """Counters since the beginning, and how full everything is now; times in seconds."""
-        cache, counters = self.kv_cache, self.stats.counters
-        total = sum(pool.num_blocks for pool in cache.pools)
-        return {
-            "num_running": len(self.scheduler.running),
-            "num_waiting": len(self.scheduler.waiting),
-            "kv_cache_usage": cache.num_used_blocks / total,
-            "num_cached_blocks": sum(pool.num_cached for pool in cache.pools),
-            "num_host_blocks": sum(map(len, cache.hosts)),
-            "prefix_hit_rate": counters.num_cached_tokens / max(counters.num_prompt_tokens, 1),
-            "num_graph_steps": self.dispatcher.num_replayed,
-            "num_piecewise_steps": self.dispatcher.num_in_pieces,
-            **self.stats.summary(),
-        }
-
-    def reset_prefix_cache(self) -> bool:
-        """Forget every cached prefix, pinned ones too; requests that run go on."""
-        self.kv_cache.reset()
-        return True
-
-    def pin_prefix(self, token_ids: Sequence[int], cache_salt: str | None = None) -> int:
-        """Keep a prefix that has been run in the cache; how many of its tokens are kept."""
-        return self.kv_cache.pin(self._names(token_ids, cache_salt)) * self.limits.block_size
-
-    def unpin_prefix(self, token_ids: Sequence[int], cache_salt: str | None = None) -> int:
-        """Undo `pin_prefix`; how many tokens were kept."""
-        return self.kv_cache.unpin(self._names(token_ids, cache_salt)) * self.limits.block_size
-
-    def get_kv_events(self) -> list[dict[str, Any]]:
-        """Blocks stored, offloaded and removed since the last call; [] unless kv_events is on."""
-        return self.kv_cache.take_events()
-
-    def start_trace(self) -> None:
-        """Record the phases of each step from now on."""
-        self.stats.start_trace()
-
-    def stop_trace(self) -> dict[str, Any]:
-        """The trace, in the Chrome trace event format."""
-        return self.stats.stop_trace()
-
     def shutdown(self) -> None:
         """End everything that is under way."""
         for name in list(self._sequences):
@@ -284,12 +217,12 @@ class Executor:
                 raise
             return False
         self._account(schedule, rows)
-        self._in_flight.append(_Launched(schedule.items, rows, beams, work, pending, begin))
+        self._in_flight.append(Launched(schedule.items, rows, beams, work, pending, begin))
         return True
 
     def _prepare(
         self, schedule: Schedule, copies: Sequence[BlockCopy]
-    ) -> tuple[list[_Row], list[tuple[Beams, list[_Row]]], Work]:
+    ) -> tuple[list[Row], list[tuple[Beams, list[Row]]], Work]:
         batch = prepare(schedule.items, self.kv_cache, self._sizes)
         rows: list[tuple[Request, int]] = []
         new = list(schedule.admitted)
@@ -317,12 +250,12 @@ class Executor:
             Pooler.of(schedule.items, batch.step),
         )
         beams = [
-            (group, [_Row(request, request.epoch) for request, _ in pairs])
+            (group, [Row(request, request.epoch) for request, _ in pairs])
             for group, pairs in searches.items()
         ]
-        return [_Row(request, request.epoch) for request, _ in rows], beams, work
+        return [Row(request, request.epoch) for request, _ in rows], beams, work
 
-    def _account(self, schedule: Schedule, rows: list[_Row]) -> None:
+    def _account(self, schedule: Schedule, rows: list[Row]) -> None:
         """What was launched counts as done for the next step's schedule."""
         counters = self.stats.counters
         for item in schedule.items:
@@ -337,7 +270,7 @@ class Executor:
                 if request.siblings and request.beams is None:
                     self.scheduler.fork(request)
 
-    def _collect(self, launched: _Launched) -> list[StepOutput]:
+    def _collect(self, launched: Launched) -> list[StepOutput]:
         """Wait for a step's results and account for them; ends sequences that are complete."""
         outputs: list[StepOutput] = []
         try:
@@ -354,7 +287,7 @@ class Executor:
                         outputs += self._accept(row.request, token)
                 outputs += self._advance_beams(launched, result)
         except BaseException as error:
-            parts: list[ScheduledRequest | _Row] = [*launched.items, *launched.rows]
+            parts: list[ScheduledRequest | Row] = [*launched.items, *launched.rows]
             outputs += self._fail(parts, launched.work.copies, error)
             if not isinstance(error, Exception):
                 self._undelivered += outputs
@@ -362,7 +295,7 @@ class Executor:
         self.stats.step(launched.begin, self._facts(launched))
         return outputs
 
-    def _prompt_outputs(self, launched: _Launched, result: Result) -> list[StepOutput]:
+    def _prompt_outputs(self, launched: Launched, result: Result) -> list[StepOutput]:
         """Log probabilities of prompts, and embeddings."""
         outputs = []
         for item, found in launched.work.prompt_logprobs.read(result.prompt_logprobs):
@@ -394,30 +327,24 @@ class Executor:
             self._end(request)
         return [output]
 
-    def _advance_beams(self, launched: _Launched, result: Result) -> list[StepOutput]:
-        """Let each search choose its next beams, and move their blocks and tokens with them."""
+    def _advance_beams(self, launched: Launched, result: Result) -> list[StepOutput]:
+        """Let each search choose its next beams; a search that ends gives all of its outputs."""
         outputs, start = [], 0
         for beams, rows in launched.beams:
-            end = start + len(rows)
-            if all(row.is_current for row in rows):
-                assert result.scores is not None
-                try:
-                    outputs += self._advance(beams, result.scores[start:end])
-                except RequestError as error:
-                    outputs += self._fail_request(beams.family[0].request_id, error)
-            start = end
-        return outputs
-
-    def _advance(self, beams: Beams, scores: torch.Tensor) -> list[StepOutput]:
-        live, family = beams.live, beams.family
-        for request in live:
-            request.drop_pending()
-        choices = beams.search.advance(scores)
-        if choices is None:
-            found = beams.search.hypotheses()
-            for request in family:
-                self._end(request)
-            return [
+            start, begin = start + len(rows), start
+            if not all(row.is_current for row in rows):
+                continue
+            assert result.scores is not None
+            family = beams.family
+            try:
+                found = beams.advance(result.scores[begin:start], self.scheduler)
+            except RequestError as error:
+                outputs += self._fail_request(family[0].request_id, error)
+                continue
+            if found is not None:
+                for request in family:
+                    self._end(request)
+            outputs += [
                 self._output(
                     family[index],
                     token_ids=tuple(one.token_ids),
@@ -425,17 +352,9 @@ class Executor:
                     stop_reason=one.stop_reason,
                     cumulative_logprob=one.cumulative_logprob,
                 )
-                for index, one in enumerate(found)
+                for index, one in enumerate(found or ())
             ]
-        if live != family:
-            self.scheduler.fork(family[0])
-        parents = [parent for parent, _ in choices]
-        slots = [request.slot for request in family]
-        self.kv_cache.reorder(slots, parents, family[0].num_computed_tokens)
-        histories = [[*family[parent].token_ids, token] for parent, token in choices]
-        for request, history in zip(family, histories, strict=True):
-            request.token_ids = history
-        return []
+        return outputs
 
     # Ends.
 
@@ -464,7 +383,7 @@ class Executor:
 
     def _fail(
         self,
-        items: Sequence[ScheduledRequest | _Row],
+        items: Sequence[ScheduledRequest | Row],
         copies: Sequence[BlockCopy],
         error: BaseException,
     ) -> list[StepOutput]:
@@ -497,11 +416,7 @@ class Executor:
                     outputs.append(self._output(request, finish_reason="timeout"))
         return outputs
 
-    def _names(self, token_ids: Sequence[int], cache_salt: str | None) -> list[bytes]:
-        """Hashes of a prefix's full blocks."""
-        return block_names([], token_ids, self.limits.block_size, cache_salt)
-
-    def _facts(self, launched: _Launched) -> dict[str, Any]:
+    def _facts(self, launched: Launched) -> dict[str, Any]:
         return {
             "num_requests": len(launched.items),
             "num_tokens": sum(item.num_tokens for item in launched.items),
