@@ -74,11 +74,22 @@ def test_the_end_of_sequence_may_be_given(calls: list[Any]) -> None:
 
 
 def test_what_a_generation_config_asks_for_in_vain(caplog: pytest.LogCaptureFixture) -> None:
-    given = {"repetition_penalty": 1.3, "num_beams": 4, "min_length": 0, "penalty_alpha": None}
+    given = {"repetition_penalty": 1.3, "sequence_bias": 4, "min_length": 0, "penalty_alpha": None}
     params = default_sampling(FakeEngine(generation_config=given))
     assert params.repetition_penalty == 1.3
-    assert "not applied: {'num_beams': 4}" in caplog.text
+    assert "not applied: {'sequence_bias': 4}" in caplog.text
     params = default_sampling(FakeEngine(generation_config={"min_new_tokens": 40}))
     assert (params.min_tokens, params.max_tokens) == (40, 40)
     with pytest.raises(OptionError, match=r"generation_config\.json is wrong: .*temperature"):
         default_sampling(FakeEngine(generation_config={"temperature": -3}))
+
+
+def test_beams_of_the_models_own(caplog: pytest.LogCaptureFixture) -> None:
+    config = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5, "top_p": 0.9}
+    params = default_sampling(FakeEngine(generation_config=config))
+    assert (params.use_beam_search, params.best_of, params.n) == (True, 4, 2)
+    assert (params.length_penalty, params.top_p) == (0.5, 1.0)
+    params = default_sampling(FakeEngine(generation_config={**config, "do_sample": True}))
+    assert not params.use_beam_search
+    assert params.top_p == 0.9
+    assert "num_beams=4 with do_sample is not applied" in caplog.text

@@ -39,7 +39,6 @@ APPLIED = {
 
 NOT_APPLIED: dict[str, Any] = {
     "encoder_repetition_penalty": 1.0,
-    "num_beams": 1,
     "penalty_alpha": None,
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
@@ -139,6 +138,7 @@ def default_sampling(engine: EngineLike) -> SamplingParams:
     least, most = given.get("min_tokens"), SamplingParams.max_tokens
     if "max_tokens" not in given and isinstance(least, int) and most is not None:
         given["max_tokens"] = max(least, most)
+    given |= _beams(config, given)
     if unused := {
         n: v for n, v in config.items() if n in NOT_APPLIED and v not in (None, NOT_APPLIED[n])
     }:
@@ -147,6 +147,23 @@ def default_sampling(engine: EngineLike) -> SamplingParams:
         return SamplingParams(**given)
     except RequestError as error:
         raise OptionError(f"the model's generation_config.json is wrong: {error}") from error
+
+
+def _beams(config: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Beam search, where the generation config asks for it; of the rest, what sampling alone has
+    goes."""
+    width = config.get("num_beams") or 1
+    if width == 1:
+        return {}
+    if config.get("do_sample"):
+        logger.warning("num_beams=%s with do_sample is not applied: it samples instead", width)
+        return {}
+    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+        given.pop(name, None)
+    logger.info("the model's generation config asks for a search with %s beams", width)
+    beams = {"use_beam_search": True, "temperature": 0.0, "best_of": width}
+    names = {"num_return_sequences": "n"} | {n: n for n in ("length_penalty", "early_stopping")}
+    return beams | {ours: config[n] for n, ours in names.items() if config.get(n) is not None}
 
 
 def _split(
