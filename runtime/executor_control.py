@@ -27,6 +27,7 @@ class ExecutorControl:
         return {
             "num_running": len(self.scheduler.running),
             "num_waiting": len(self.scheduler.waiting),
+            "batch_occupancy": len(self.scheduler.running) / self.scheduler.limits.max_num_seqs,
             "kv_cache_usage": cache.num_used_blocks / total,
             "num_cached_blocks": sum(pool.num_cached for pool in cache.pools),
             "num_host_blocks": sum(map(len, cache.hosts)),
