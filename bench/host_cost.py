@@ -21,10 +21,14 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from inlay.backends.base import KVGroup, ModelLimits
 from inlay.backends.step import StepInputs
@@ -138,22 +142,30 @@ def measure(executor: Executor, args: argparse.Namespace) -> tuple[Timer, list[S
 
 
 def measure_way_out(outputs: list[StepOutput], timer: Timer, repeats: int) -> None:
-    """A step's outputs on their way to who waits for them, without a tokenizer's work."""
-    processor = OutputProcessor(None)
-    ledger = Ledger(processor.process, lambda error: None)
-    pending = Pending()
-    params = SamplingParams(max_tokens=None)
-    for output in outputs:
-        request = NewRequest(output.request_id, [1], params)
-        ledger.add(request)
-        pending.add(request)
-        processor.add(output.request_id, None, [1], params, is_stream=True)
-    for _ in range(repeats):
-        timer.timed("worker: settle", pending.settle)(outputs)
-        frame = timer.timed("worker: encode", encode)(Outputs(outputs))
-        message = timer.timed("client: decode", decode)(frame)
-        assert isinstance(message, Outputs)
-        timer.timed("client: deliver", ledger.deliver)(message.outputs)
+    """A step's outputs on their way to who waits for them, as token ids and as text."""
+    folder = Path(str(files("inlay"))) / "demo_model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for name, processor in (
+        ("ids", OutputProcessor(None)),
+        ("text", OutputProcessor(tokenizer)),
+    ):
+        ledger, pending = Ledger(processor.process, lambda error: None), Pending()
+        params = SamplingParams(max_tokens=None)
+        for output in outputs:
+            request = NewRequest(output.request_id, [1], params)
+            ledger.add(request)
+            pending.add(request)
+            processor.add(output.request_id, None, [1], params, is_stream=True)
+        for number in range(repeats):
+            step = [
+                replace(one, token_ids=((number * 7 + place) % 4000 + 50,))
+                for place, one in enumerate(outputs)
+            ]
+            timer.timed("worker: settle", pending.settle)(step)
+            frame = timer.timed("worker: encode", encode)(Outputs(step))
+            message = timer.timed("client: decode", decode)(frame)
+            assert isinstance(message, Outputs)
+            timer.timed(f"client: {name}", ledger.deliver)(message.outputs)
 
 
 def profile(executor: Executor, num_steps: int) -> None:

@@ -1,6 +1,6 @@
 """Mixed traffic for minutes on end: no request lost, no memory gained.
 
-    python -m inlay.bench.load [--seconds 600] [--backend inductor] [--clients 24]
+    python -m inlay.bench.load [--seconds 600] [--backend inductor] [--clients 32]
 
 The demo model behind `LLM`, in its own process. First 500 requests are queued at once. When they
 are done, clients send requests of all kinds until the time is up: read to the end, streamed,
@@ -371,8 +371,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--backend", default="inductor")
-    parser.add_argument("--clients", type=int, default=24)
-    parser.add_argument("--kv-tokens", type=int, default=6144)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--kv-tokens", type=int, default=3072)
     parser.add_argument("--policy", default="max_utilization")
     args = parser.parse_args()
     with LLM(
