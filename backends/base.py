@@ -84,6 +84,10 @@ class LoadedModel(Protocol):
         """All that holds a group's keys and values, scales included; the first dimension is the
         block: who copies tensor[a] to tensor[b] in each of them has copied block a to b."""
 
+    def make_batch_invariant(self) -> None:
+        """From now on a token's logits are bitwise the same whatever else is in its step, for as
+        long as the number of threads is; may cost speed. OptionError where it cannot be."""
+
     def forward(self, step: StepInputs) -> torch.Tensor:
         """Run one step, writing the new tokens' keys and values; returns logits [R, vocab]."""
 

@@ -63,9 +63,11 @@ class ProgramModel:
         attention_weights: Mapping[str, torch.Tensor],
         attention: AttentionOp,
         device: torch.device,
+        make_batch_invariant: Callable[[], None],
     ) -> None:
         """weights: for each segment step its weights; attention_weights: those that attention
         takes (sinks, ALiBi slopes) by name."""
+        self.make_batch_invariant = make_batch_invariant
         self.program = program
         self.limits = limits
         self.is_encoder = program.is_encoder

@@ -72,6 +72,9 @@ class StillModel:
     def kv_tensors(self, group: int) -> list[torch.Tensor]:
         return []
 
+    def make_batch_invariant(self) -> None:
+        """Nothing is computed."""
+
     def forward(self, step: StepInputs) -> torch.Tensor:
         return self._logits[: len(step.logits_indices)]
 

@@ -49,7 +49,9 @@ class ExecutorConfig:
         works by itself.
     cuda_graphs: run decode steps from graphs captured for padded sizes; None: on CUDA. On a CPU the
         steps are padded in the same way and called plainly.
-    batch_invariant: a request's logits are bitwise the same alone and in any batch.
+    batch_invariant: a request's logits are bitwise the same alone and in any batch, chunked or not,
+        with cached prefixes or without; for one artifact, machine and number of threads. Backend
+        "inductor" only; it costs speed on CPUs other than those with AVX-512 and without AMX.
     logits_processors: "module:Class" or "module:Class:{json arguments}", applied to all requests.
     iteration_log: a file that gets a line of JSON for each step.
     eos_token_ids: tokens that end a request, unless it ignores them.

@@ -88,6 +88,8 @@ class Executor(ExecutorControl):
     def _allocate(self, graphs: bool) -> None:
         """The KV pool and the graphs, whose memory is measured first, with a pool of nothing."""
         model, limits, config = self.model, self.limits, self.config
+        if config.batch_invariant:
+            model.make_batch_invariant()
         groups = model.kv_groups_for(config.kv_cache_dtype)
         self.dispatcher = Dispatcher(model, limits)
         graph_bytes = 0

@@ -16,6 +16,7 @@ from inlay.backends.graph_json import graph_from_json
 from inlay.backends.kv_caches import LayerCache
 from inlay.backends.model import ProgramModel, SegmentCall
 from inlay.backends.program import AttentionStep, Program
+from inlay.errors import OptionError
 from inlay.passes.kv_formats import make_scales
 
 
@@ -94,4 +95,13 @@ class EagerBackend:
             {name: reader.get(name) for name in program.attention_weight_names},
             ReferenceAttention(),
             torch.device("cpu"),
+            refuse_batch_invariance,
         )
+
+
+def refuse_batch_invariance() -> None:
+    """Library calls on whatever rows there are: their sums depend on how many."""
+    raise OptionError(
+        "batch_invariant=True is not possible with backend 'eager', whose sums depend on how many "
+        "tokens a step and a chunk have; build the engine with backend='inductor', or leave it out"
+    )

@@ -23,6 +23,7 @@ from inlay.backends.base import BuildSettings, ModelLimits
 from inlay.backends.cache import cache_dir, content_key, fetch
 from inlay.backends.graph_json import graph_from_json, graph_to_json
 from inlay.backends.inductor.compile import Packing, inductor_config, packed_weights
+from inlay.backends.inductor.invariance import make_batch_invariant
 from inlay.backends.inductor.workers import Job, compile_jobs
 from inlay.backends.kernels.cpu_ops import INTERFACE, build_ops, load_ops
 from inlay.backends.kv_caches import LayerCache
@@ -157,6 +158,7 @@ class InductorBackend:
             {name: reader.get(name).clone() for name in program.attention_weight_names},
             CpuAttention(),
             torch.device("cpu"),
+            lambda: make_batch_invariant(program, graphs, weights, _cpu_flags()),
         )
 
 

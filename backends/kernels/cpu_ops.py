@@ -14,6 +14,9 @@
   up put one after the other where they were interleaved. `experts(x, top_k_index, top_k_weights,
   up, down, ...)` as `inlay::experts`, with handles for up and down, an up_bias that is not
   interleaved, and without the arguments that packing has settled.
+- `fix_rows(handle, rows)`: from now on every matrix product with this weight, or these experts',
+  has so many rows, padded where there are fewer; 0 undoes it. Where a CPU's kernels sum in an order
+  that depends on how many rows there are, this makes a row's bits the same in any batch.
 - `packed_nbytes(handle)`, `packed_format(handle)` ("onednn", or "plain" where oneDNN lacks the
   dtype on this CPU), `get_isa()`, `set_isa("auto" | "avx512" | "avx2" | "portable")`.
 """
@@ -43,7 +46,7 @@ from inlay.errors import BuildError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
-INTERFACE = 3
+INTERFACE = 4
 """Goes up when an op is added, or when an op's schema or the cache layout changes; libraries of
 one number can stand in for each other."""
 

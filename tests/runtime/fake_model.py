@@ -66,6 +66,9 @@ class FakeModel:
         """[blocks, block_size, 2], shared with the cache."""
         return [torch.from_numpy(self._caches[group]).unflatten(0, (-1, self.limits.block_size))]
 
+    def make_batch_invariant(self) -> None:
+        """It is so anyway."""
+
     def forward(self, step: StepInputs) -> torch.Tensor:
         return self.forward_hidden(step)[0]
 

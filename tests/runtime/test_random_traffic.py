@@ -7,10 +7,8 @@ by itself; and at the end nothing is held.
 from __future__ import annotations
 
 import random
-import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,30 +32,11 @@ from tests.runtime.fake_model import (
     generate_alone,
     history_logits,
 )
+from tests.runtime.slow_device import SlowDevice
 
 EOS = 11
 STEPS = 2500
 PHASES = ("prepare", "run", "sample", "read", "output")
-
-
-class SlowDevice:
-    """A device that runs calls in order, in a thread of its own, each after a random delay."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-        self._thread = ThreadPoolExecutor(1)
-
-    def launch(self, call: Callable[[], Any]) -> Future[Any]:
-        delay = self._random.choice([0, 0, 0, 1e-4, 5e-4])
-
-        def run() -> Any:
-            time.sleep(delay)
-            return call()
-
-        return self._thread.submit(run)
-
-    def close(self) -> None:
-        self._thread.shutdown()
 
 
 class OutOfLuckError(Exception):

@@ -13,6 +13,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/zeros.h>
 
 #include <atomic>
 #include <memory>
@@ -42,6 +43,7 @@ struct alignas(64) Packed {
   Tensor weight;
   bool onednn;
   const uint16_t* pairs = nullptr;  // the packed memory, where small_matmul can read it
+  int64_t fixed_rows = 0;           // of every product, see fix_rows; 0: as many as come
 };
 
 const Packed& resolve(const Tensor& handle) {
@@ -151,16 +153,41 @@ Tensor make_handle(std::unique_ptr<P> packed) {
 
 Tensor pack_linear(const Tensor& weight) { return make_handle(make_packed(weight)); }
 
-Tensor multiply(const Packed& p, const Tensor& x, const std::optional<Tensor>& bias) {
+Tensor multiply_whole(const Packed& p, const Tensor& x, const std::optional<Tensor>& bias) {
   if (!p.onednn) return at::linear(x, p.weight, bias);
-  const int64_t num_rows = x.numel() / p.in_features;
-  if (p.pairs && num_rows > 0 && num_rows <= kSmallMatmulRows) return multiply_rows(p, x, bias);
   using Pointwise = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&,
                            c10::string_view, c10::List<std::optional<at::Scalar>>,
                            std::optional<c10::string_view>);
   static const auto pointwise = find_op<Pointwise>("mkldnn::_linear_pointwise");
   static const c10::List<std::optional<at::Scalar>> no_scalars;
   return pointwise.call(x, p.weight, bias, "none", no_scalars, "");
+}
+
+// Products of one number of rows, the last one's padded: libraries choose a kernel, and with it an
+// order of summation, by that number. What the padding holds is not read.
+Tensor multiply_fixed(const Packed& p, const Tensor& x, const std::optional<Tensor>& bias) {
+  auto shape = x.sizes().vec();
+  shape.back() = p.out_features;
+  Tensor y = at::empty(shape, x.options());
+  const Tensor from = x.reshape({-1, p.in_features}), to = y.view({-1, p.out_features});
+  for (int64_t begin = 0; begin < from.size(0); begin += p.fixed_rows) {
+    const int64_t count = std::min(p.fixed_rows, from.size(0) - begin);
+    Tensor rows = from.narrow(0, begin, count);
+    if (count < p.fixed_rows) {
+      const Tensor padded = at::zeros({p.fixed_rows, p.in_features}, x.options());
+      padded.narrow(0, 0, count).copy_(rows);
+      rows = padded;
+    }
+    to.narrow(0, begin, count).copy_(multiply_whole(p, rows, bias).narrow(0, 0, count));
+  }
+  return y;
+}
+
+Tensor multiply(const Packed& p, const Tensor& x, const std::optional<Tensor>& bias) {
+  if (p.fixed_rows) return multiply_fixed(p, x, bias);
+  const int64_t num_rows = x.numel() / p.in_features;
+  if (p.pairs && num_rows > 0 && num_rows <= kSmallMatmulRows) return multiply_rows(p, x, bias);
+  return multiply_whole(p, x, bias);
 }
 
 Tensor linear(const Tensor& x, const Tensor& handle, const std::optional<Tensor>& bias,

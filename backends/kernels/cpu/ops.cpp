@@ -37,6 +37,7 @@ TORCH_LIBRARY(inlay_cpu, m) {
       "bool gated=True, float alpha=1.0, float gate_limit=0.0, float up_limit=0.0, "
       "bool limit_activated=False, float up_offset=0.0, float gate_softcap=0.0, "
       "float up_softcap=0.0, float norm_eps=0.0) -> Tensor");
+  m.def("fix_rows(Tensor(a!) handle, int rows) -> ()");
   m.def("packed_nbytes(Tensor handle) -> int");
   m.def("packed_format(Tensor handle) -> str");
   m.def("get_isa() -> str", &inlay::get_isa);
@@ -51,6 +52,7 @@ TORCH_LIBRARY_IMPL(inlay_cpu, CPU, m) {
   m.impl("linear", &inlay::linear);
   m.impl("pack_experts", &inlay::pack_experts);
   m.impl("experts", &inlay::experts);
+  m.impl("fix_rows", &inlay::fix_rows);
   m.impl("packed_nbytes", &inlay::packed_nbytes);
   m.impl("packed_format", &inlay::packed_format);
 }

@@ -76,6 +76,9 @@ class _Recorder:
     def kv_tensors(self, group: int) -> list[torch.Tensor]:
         return self._model.kv_tensors(group)
 
+    def make_batch_invariant(self) -> None:
+        self._model.make_batch_invariant()
+
     def forward(self, step: StepInputs) -> torch.Tensor:
         return self.forward_hidden(step)[0]
 
