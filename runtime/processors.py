@@ -75,7 +75,9 @@ def _make(entry: str | Processor) -> Processor:
     found, keywords = _resolve(entry)
     try:
         return found(**keywords)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit() too is the fault of this request alone
         raise failure(entry, f"could not be made, {type(error).__name__}: {error}") from error
 
 
@@ -94,14 +96,16 @@ def checked_call(
     """What a processor makes of a copy of logits; RequestError where that is no such tensor."""
     try:
         result = call(logits.clone())
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit() too is the fault of this request alone
         raise failure(name, f"raised {type(error).__name__}: {error}") from error
     if not isinstance(result, torch.Tensor):
         raise failure(name, f"returned {type(result).__name__}, not a tensor")
     right = result.shape == logits.shape and result.dtype.is_floating_point
-    if not right or result.device != logits.device:
-        wanted = f"{list(logits.shape)} {logits.dtype} on {logits.device}"
-        given = f"{list(result.shape)} {result.dtype} on {result.device}"
+    if not right or result.device != logits.device or result.layout != logits.layout:
+        wanted = f"{list(logits.shape)} {logits.dtype} {logits.layout} on {logits.device}"
+        given = f"{list(result.shape)} {result.dtype} {result.layout} on {result.device}"
         raise failure(name, f"returned {given}; must be {wanted}")
     return result.to(logits.dtype)
 

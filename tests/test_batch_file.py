@@ -185,6 +185,34 @@ def test_files_that_cannot_be_used(llm: FakeLLM, tmp_path: Path) -> None:
         run(llm, source, tmp_path)
 
 
+def test_files_that_are_no_outputs_are_left_as_they_are(llm: FakeLLM, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", [{"id": "a", "prompt": "x"}])
+    output = {"id": None, "line": 1, "error": None, "outputs": []}
+    for name, content in {
+        "input": source.read_text(),
+        "text": "notes of mine",
+        "mixed": json.dumps(output) + "\nnotes\n" + json.dumps(output) + "\n",
+    }.items():
+        target = tmp_path / name
+        target.write_text(content)
+        with pytest.raises(OptionError, match=r"line \d of .* is no output of batch"):
+            run(llm, source, target)
+        assert target.read_text() == content
+    before = source.read_text()
+    with pytest.raises(OptionError, match="over its input"):
+        run(llm, source, source)
+    with pytest.raises(OptionError, match="nowhere"):  # input and output in the wrong order
+        run(llm, tmp_path / "nowhere", source)
+    assert source.read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "input", "mixed", "text"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(llm: FakeLLM, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.write_text('{"prompt": "x"}\n', encoding="utf-8-sig")
+    assert run(llm, source, tmp_path / "out") == BatchSummary(1, 0, 0)
+
+
 def test_its_progress_is_shown(
     llm: FakeLLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

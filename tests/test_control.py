@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from inlay import LLM, Engine, SamplingParams, compile_model
-from inlay.errors import EngineError, OptionError
+from inlay.errors import EngineError, OptionError, RequestError
 from tests.fake_llm import GREEDY, FakeLLM
 from tests.toys import build_toy
 
@@ -111,6 +112,23 @@ def test_a_trace_is_written(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="mine"), llm.trace(tmp_path / "other.json"):
             raise ValueError("mine")
         assert (tmp_path / "other.json").exists(), "what was traced till then is kept"
+
+
+@pytest.mark.parametrize("wrong", [5, [5], None, ["0", None]])
+def test_ids_of_a_wrong_type_are_refused(llm: LLM, wrong: Any) -> None:
+    expected = tokens(llm)
+    with pytest.raises(RequestError, match="request_id must be a text"):
+        llm.abort(wrong)
+    assert tokens(llm) == expected, "the engine goes on"
+
+
+def test_pins_are_checked(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="token ids must be integers"):
+        llm.pin_prefix([1, 10**30])
+    with pytest.raises(RequestError, match="token ids must be integers"):
+        llm.unpin_prefix(["a", "b"])
+    with pytest.raises(RequestError, match="cache_salt must be None or a string"):
+        llm.pin_prefix([1, 2], cache_salt=5)  # type: ignore[arg-type]
 
 
 def test_statistics() -> None:

@@ -31,6 +31,9 @@ SAMPLING = frozenset(field.name for field in fields(SamplingParams))
 Submit = Callable[[Any, bool, SamplingParams, Callable[[Any], None]], RequestHandle]
 """(prompt or messages, whether messages, parameters, what to call when finished)."""
 
+_START = b'{"id": '
+"""What an output line begins with."""
+
 Key = tuple[str, Any]
 """("id", text or integer), or ("line", number) of a line without an id."""
 
@@ -70,13 +73,16 @@ def run_batch(
     """See `LLM.batch`; at most max_in_flight requests are held at once."""
     source, target = Path(input_path), Path(output_path)
     try:
-        done = clean(target)
+        # The input is opened first: where it cannot be, the output is left as it is.
         with (
-            source.open(encoding="utf-8", errors="surrogateescape") as lines,
-            target.open("a", encoding="utf-8") as out,
+            source.open(encoding="utf-8-sig", errors="surrogateescape") as lines,
             _bar(source, use_tqdm) as bar,
         ):
-            return _Run(out, bar, submit, params, max_in_flight, done).all(lines)
+            if target.exists() and target.samefile(source):
+                raise OptionError(f"batch would write over its input {source}: give another output")
+            done = clean(target)
+            with target.open("a", encoding="utf-8") as out:
+                return _Run(out, bar, submit, params, max_in_flight, done).all(lines)
     except OSError as error:
         raise OptionError(f"batch cannot use {source} and {target}: {error}") from error
 
@@ -163,15 +169,26 @@ class _Run:
 
 
 def clean(path: Path) -> set[Key]:
-    """What an output file has done; lines with errors, and one that was torn, are dropped."""
+    """What an output file has done; lines with errors, and one that was torn, are dropped.
+
+    OptionError, and the file is left as it is, where it holds anything else than outputs.
+    """
     done: set[Key] = set()
     if not path.exists():
         return done
     kept, is_clean = path.with_name(path.name + ".tmp"), True
     with path.open("rb") as old, kept.open("wb") as new:
-        for text in old:
-            content = _object(text.decode(errors="replace")) if text.endswith(b"\n") else None
-            if content is None or content.get("error", "none") is not None:
+        for number, text in enumerate(old, 1):
+            begins = text.startswith(_START) or _START.startswith(text)
+            is_torn = begins and not text.endswith(b"\n")
+            content = {} if is_torn else _object(text.decode(errors="replace")) or {}
+            if not is_torn and not {"line", "error"} <= content.keys():
+                os.remove(kept)
+                raise OptionError(
+                    f"line {number} of {path} is no output of batch, which would be lost: given"
+                    f" {text[:80]!r}; give another output, or remove that file"
+                )
+            if content.get("error", "none") is not None:
                 is_clean = False
                 continue
             done.add(key_of(content.get("id"), content.get("line")))

@@ -9,10 +9,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inlay.errors import OptionError
+from inlay.errors import OptionError, RequestError
 from inlay.frontend import Frontend
 from inlay.jobs import JobMaker
 from inlay.prompts import Prompt, encode_prompt
+from inlay.runtime.request import RequestOptions, check_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,13 @@ class EngineControl:
     def abort(self, request_id: str | Sequence[str]) -> None:
         """End requests, of whatever call or thread; what came is kept, finish_reason is "abort".
         Nothing happens to those that are finished or unknown."""
-        for one in [request_id] if isinstance(request_id, str) else request_id:
+        ids = [request_id] if isinstance(request_id, str) else request_id
+        if not isinstance(ids, list | tuple) or not all(isinstance(one, str) for one in ids):
+            raise RequestError(
+                "request_id must be a text, as RequestHandle.request_id is, or a list of them;"
+                f" given {request_id!r}"
+            )
+        for one in ids:
             self._frontend.abort(one)
 
     def get_stats(self) -> dict[str, Any]:
@@ -54,11 +61,11 @@ class EngineControl:
     def pin_prefix(self, prompt: Prompt, *, cache_salt: str | None = None) -> int:
         """Keep a prefix in the cache once a request has put it there; how many of its tokens are
         pinned, in whole blocks."""
-        return self._frontend.call("pin_prefix", self._ids_of(prompt), cache_salt)
+        return self._frontend.call("pin_prefix", self._ids_of(prompt), _checked(cache_salt))
 
     def unpin_prefix(self, prompt: Prompt, *, cache_salt: str | None = None) -> int:
         """The opposite: how many tokens are no longer pinned."""
-        return self._frontend.call("unpin_prefix", self._ids_of(prompt), cache_salt)
+        return self._frontend.call("unpin_prefix", self._ids_of(prompt), _checked(cache_salt))
 
     def get_kv_events(self) -> list[dict[str, Any]]:
         """What happened to cached blocks since the last call; needs kv_events=True."""
@@ -100,4 +107,11 @@ class EngineControl:
         self.shutdown()
 
     def _ids_of(self, prompt: Prompt) -> list[int]:
-        return [int(i) for i in self._maker.encode(prompt, encode_prompt).token_ids]
+        token_ids = self._maker.encode(prompt, encode_prompt).token_ids
+        check_vocabulary("token ids", token_ids, self._frontend.client.admission.limits.vocab_size)
+        return [int(i) for i in token_ids]
+
+
+def _checked(cache_salt: str | None) -> str | None:
+    """Raises RequestError where that can be no salt."""
+    return RequestOptions(cache_salt=cache_salt).cache_salt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,12 +41,18 @@ class Spoiled:
         self.how = how
         if how == "init":
             raise ValueError("no such thing")
+        if how == "exit in init":
+            sys.exit(4)
 
     def __call__(self, prompt: list[int], output: list[int], logits: torch.Tensor) -> Any:
         prompt.clear()
         match self.how:
             case "raise":
                 raise ZeroDivisionError("by zero")
+            case "exit":
+                sys.exit(3)
+            case "sparse":
+                return logits.to_sparse()
             case "none":
                 return None
             case "shape":
@@ -153,10 +160,13 @@ def test_they_come_after_bans_and_one_after_the_other() -> None:
     ("how", "message"),
     [
         ("init", "could not be made, ValueError: no such thing"),
+        ("exit in init", "could not be made, SystemExit: 4"),
         ("raise", "raised ZeroDivisionError: by zero"),
+        ("exit", "raised SystemExit: 3"),
+        ("sparse", r"returned \[50\] torch.float32 torch.sparse_coo on cpu; must be"),
         ("none", "returned NoneType, not a tensor"),
-        ("shape", r"returned \[49\] torch.float32 on cpu; must be \[50\]"),
-        ("dtype", r"returned \[50\] torch.int64 on cpu; must be"),
+        ("shape", r"returned \[49\] torch.float32 .* on cpu; must be \[50\]"),
+        ("dtype", r"returned \[50\] torch.int64 .* on cpu; must be"),
         ("nan", "gave logits that are NaN"),
         ("inf", r"gave logits that are NaN, \+inf"),
         ("empty", "-inf all of them"),
