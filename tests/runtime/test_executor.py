@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from inlay.errors import OptionError, RequestError
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.executor import Executor
+from inlay.runtime.ledger import Pending
 from inlay.runtime.outputs import StepOutput
 from inlay.runtime.request import NewRequest
 from inlay.runtime.sampling_params import SamplingParams
@@ -374,3 +375,23 @@ def test_a_model_that_counts_positions_without_padding() -> None:
     for tokens, reason in results:
         assert (reason == "stop") == (tokens[-1] == 7)
         assert 7 not in tokens[:-1]
+
+
+def test_a_failure_is_told_by_a_sequence_that_has_not_ended() -> None:
+    model, executor = make_executor(EOS)
+    params = SamplingParams(n=3, temperature=1.5, seed=5, max_tokens=40)
+    request = NewRequest("a", [1, 2, 3], params)
+    pending = Pending()
+    executor.add_request(request)
+    pending.add(request)
+    ended: list[StepOutput] = []
+    while executor.has_unfinished:
+        ended += [output for output in pending.settle(executor.step()) if output.finished]
+        if ended:
+            model.before_forward = fail
+    assert [(output.index, output.finish_reason) for output in ended] == [(0, "stop"), (1, "error")]
+    assert "a" not in pending
+
+
+def fail(_: int) -> None:
+    raise ValueError("out of luck")
