@@ -395,3 +395,24 @@ def test_a_failure_is_told_by_a_sequence_that_has_not_ended() -> None:
 
 def fail(_: int) -> None:
     raise ValueError("out of luck")
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0, repetition_penalty=1.3),
+        SamplingParams(temperature=0, allowed_token_ids=[1, 2]),
+        SamplingParams(temperature=0.9, seed=1),
+        SamplingParams(temperature=0.9, min_p=0.1, top_p=0.9, seed=1),
+    ],
+)
+def test_a_failed_step_ends_none_that_is_only_in_the_next(params: SamplingParams) -> None:
+    model, executor = make_executor(overlap=True, max_num_tokens=8)
+    model.before_forward = lambda number: fail(number) if number == 1 else None
+    add(executor, "first", [1, 2, 3], params)
+    executor.step()  # fails on the device, unread; the next is launched behind it
+    add(executor, "second", [1, 2, 3, 4], GREEDY)
+    (output,) = executor.step()
+    assert (output.request_id, str(output.error)) == ("first", "out of luck")
+    assert run_all(executor) == {"second": generate_alone(model, [1, 2, 3, 4], GREEDY, 64)}
+    assert_nothing_held(executor)
