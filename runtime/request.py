@@ -47,14 +47,19 @@ class RequestOptions:
         is_number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
         good = self.timeout is None or (is_number and 0 < self.timeout < math.inf)
         _require(good, self, "timeout", "None or seconds > 0")
-        good = self.cache_salt is None or isinstance(self.cache_salt, str)
-        _require(good, self, "cache_salt", "None or a string")
+        good = self.cache_salt is None or _is_text(self.cache_salt)
+        _require(good, self, "cache_salt", "None or a string that UTF-8 can encode")
         is_int = isinstance(self.cache_priority, int) and not isinstance(self.cache_priority, bool)
         good = is_int and 0 <= self.cache_priority <= 100
         _require(good, self, "cache_priority", "an integer from 0 to 100")
         good = self.pooling in (None, "last", "mean", "cls")
         _require(good, self, "pooling", 'None, "last", "mean" or "cls"')
         _require(isinstance(self.normalize, bool), self, "normalize", "a bool")
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string without surrogates, which JSON's escapes can bring in."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _require(good: bool, options: RequestOptions, name: str, allowed: str) -> None:
