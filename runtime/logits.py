@@ -84,8 +84,8 @@ class Edits:
 class LogitsProcessor:
     """State by slot: `plan` and `plan_slot` use only the host's, the launches the device's.
 
-    With overlap a slot may be launched whose set-up was lost with the step before, which failed: its
-    request has ended, but those beside it must not.
+    With overlap a slot may be launched whose set-up was lost with the step before, which failed:
+    its request has ended, but those beside it must not.
     """
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
