@@ -113,6 +113,7 @@ class Request:
     num_pending: tokens that are being sampled.
     epoch: goes up when the sequence loses its place, so that late results are known as such.
     slot: its place in the block tables and the sampler's tensors while it runs, else -1.
+    is_aged: it waited too long, and goes before all others from when it runs.
     block_names, num_committed: hashes of its full blocks, and how many of those others may use.
     """
 
@@ -141,6 +142,7 @@ class Request:
     cumulative_logprob: float = 0.0
     pooled: torch.Tensor | None = None
     waiting_since: int = 0
+    is_aged: bool = False
     scheduled_time: float | None = None
     was_heard_of: bool = False
     num_prompt_tokens: int = field(init=False)
@@ -150,9 +152,9 @@ class Request:
         self.num_prompt_tokens = len(self.token_ids)
 
     @property
-    def rank(self) -> tuple[int, int]:
+    def rank(self) -> tuple[float, int]:
         """Whose turn comes first: the lowest."""
-        return self.options.priority, self.order
+        return (-math.inf if self.is_aged else self.options.priority), self.order
 
     @property
     def num_known_tokens(self) -> int:
