@@ -14,9 +14,13 @@ BlockHash = bytes
 def block_hash(parent: BlockHash | None, tokens: Sequence[int], salt: str | None) -> BlockHash:
     """The hash of a full block behind its parent; the chain's first link holds the salt.
 
-    128 bits of BLAKE2b, so that a collision (somebody else's text) can be left out of account.
+    128 bits of BLAKE2b, so that a collision (somebody else's text) can be left out of account. The
+    first link is hashed otherwise than the rest: no salt can be taken for a parent.
     """
-    digest = blake2b(parent or (salt or "").encode(), digest_size=16)
+    if parent is None:
+        digest = blake2b((salt or "").encode(), digest_size=16, person=b"first block")
+    else:
+        digest = blake2b(parent, digest_size=16)
     digest.update(array("i", tokens))
     return digest.digest()
 

@@ -378,10 +378,14 @@ class Executor(ExecutorControl):
             self.stats.counters.num_finished += 1
 
     def _fail_request(self, request_id: str, error: BaseException) -> list[StepOutput]:
-        if not self.abort(request_id):
+        """End a request with an error, which comes with its first sequence that has not ended."""
+        family = self._sequences.get(request_id)
+        if not family:
             return []
+        index = family[0].index
+        self.abort(request_id)
         self.stats.counters.num_failed += 1
-        return [StepOutput(request_id, finish_reason="error", error=error)]
+        return [StepOutput(request_id, finish_reason="error", error=error, index=index)]
 
     def _fail(
         self,

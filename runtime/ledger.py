@@ -50,10 +50,12 @@ class Pending:
 
     def _settle(self, output: StepOutput) -> bool:
         name = output.request_id
-        if output.index not in self._unfinished.get(name, ()):
+        if name not in self._unfinished:
             return False
-        if output.error is not None:  # ends all sequences
+        if output.error is not None:  # ends all sequences, one that has been aborted its bearer
             self.drop(name)
+        elif output.index not in self._unfinished[name]:
+            return False
         elif output.finished:
             self.drop(name, output.index)
         return True

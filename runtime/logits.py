@@ -82,7 +82,11 @@ class Edits:
 
 
 class LogitsProcessor:
-    """State by slot: `plan` and `plan_slot` use only the host's, the launches the device's."""
+    """State by slot: `plan` and `plan_slot` use only the host's, the launches the device's.
+
+    With overlap a slot may be launched whose set-up was lost with the step before, which failed:
+    its request has ended, but those beside it must not.
+    """
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self._size, self._device = (max_num_seqs, vocab_size), device
@@ -138,16 +142,21 @@ class LogitsProcessor:
                 self._count(setup.slot, setup)
 
     def _count(self, slot: int, setup: SlotEdits) -> None:
+        counts, seen = self._tables()
+        row = np.array(setup.penalties, dtype=np.float32)
+        self._penalties[slot] = to_device(row, self._device)
+        seen[slot] = False
+        seen[slot].index_fill_(0, to_device(setup.prompt, self._device), True)
+        counts[slot] = 0
+        output = to_device(setup.output, self._device)
+        counts[slot].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+
+    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts of the output's tokens, and which are the prompt's."""
         if self._counts is None or self._prompt is None:
             self._counts = torch.zeros(self._size, dtype=torch.int32, device=self._device)
             self._prompt = torch.zeros(self._size, dtype=torch.bool, device=self._device)
-        row = np.array(setup.penalties, dtype=np.float32)
-        self._penalties[slot] = to_device(row, self._device)
-        self._prompt[slot] = False
-        self._prompt[slot].index_fill_(0, to_device(setup.prompt, self._device), True)
-        self._counts[slot] = 0
-        output = to_device(setup.output, self._device)
-        self._counts[slot].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+        return self._counts, self._prompt
 
     def apply(self, logits: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
         """Logits [N, vocab] of the requests in these slots, as they are to be sampled from.
@@ -189,7 +198,8 @@ class LogitsProcessor:
             values = to_device(edits.bias, self._device)
             logits.index_put_(self._places(edits.biased), values, accumulate=True)
         for row, slot in edits.allowed:
-            logits[row].masked_fill_(~self._allowed[slot], -torch.inf)
+            if slot in self._allowed:
+                logits[row].masked_fill_(~self._allowed[slot], -torch.inf)
         if edits.banned.size:
             logits[self._places(edits.banned)] = -torch.inf
         return logits
@@ -198,14 +208,13 @@ class LogitsProcessor:
         return to_device(rows_and_tokens, self._device).unbind(0)
 
     def _penalise(self, logits: torch.Tensor, rows: np.ndarray, slots: np.ndarray) -> None:
-        assert self._counts is not None
-        assert self._prompt is not None
+        all_counts, seen = self._tables()
         index, where = to_device(np.stack((rows, slots)), self._device).unbind(0)
         repetition, presence, frequency = self._penalties[where, :, None].unbind(1)
-        counts, chosen = self._counts[where], logits[index]
+        counts, chosen = all_counts[where], logits[index]
         came = counts > 0
         weaker = torch.where(chosen > 0, chosen / repetition, chosen * repetition)
-        chosen = torch.where(came | self._prompt[where], weaker, chosen)
+        chosen = torch.where(came | seen[where], weaker, chosen)
         logits[index] = chosen - frequency * counts - presence * came
 
     def observe(self, slots: np.ndarray, tokens: torch.Tensor) -> None:
@@ -216,9 +225,9 @@ class LogitsProcessor:
         """Count the tokens [N] that these rows were given."""
         if not len(edits.penalised):
             return
-        assert self._counts is not None
+        counts, _ = self._tables()
         rows = np.stack((edits.penalised, edits.slots[edits.penalised]))
         index, where = to_device(rows, self._device).unbind(0)
         given = tokens[index].clamp_min(0)
         ones = torch.ones_like(given, dtype=torch.int32)
-        self._counts.index_put_((where, given), ones, accumulate=True)
+        counts.index_put_((where, given), ones, accumulate=True)

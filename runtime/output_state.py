@@ -130,10 +130,11 @@ class OutputState:
         executor does not know of. What ends a request otherwise than in its text ends all of it."""
         with self.condition:
             sequence = self.sequences[output.index]
-            if self.finished or sequence.finish_reason is not None:
+            if self.finished or (sequence.finish_reason is not None and output.error is None):
                 return False
             self._observe(output)
-            sequence.append(output)
+            if sequence.finish_reason is None:
+                sequence.append(output)
             if output.error is not None or output.finish_reason == "error":
                 self.error = output.error
                 self._finish("error")

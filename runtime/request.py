@@ -47,14 +47,19 @@ class RequestOptions:
         is_number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
         good = self.timeout is None or (is_number and 0 < self.timeout < math.inf)
         _require(good, self, "timeout", "None or seconds > 0")
-        good = self.cache_salt is None or isinstance(self.cache_salt, str)
-        _require(good, self, "cache_salt", "None or a string")
+        good = self.cache_salt is None or _is_text(self.cache_salt)
+        _require(good, self, "cache_salt", "None or a string that UTF-8 can encode")
         is_int = isinstance(self.cache_priority, int) and not isinstance(self.cache_priority, bool)
         good = is_int and 0 <= self.cache_priority <= 100
         _require(good, self, "cache_priority", "an integer from 0 to 100")
         good = self.pooling in (None, "last", "mean", "cls")
         _require(good, self, "pooling", 'None, "last", "mean" or "cls"')
         _require(isinstance(self.normalize, bool), self, "normalize", "a bool")
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string without surrogates, which JSON's escapes can bring in."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _require(good: bool, options: RequestOptions, name: str, allowed: str) -> None:
@@ -108,6 +113,7 @@ class Request:
     num_pending: tokens that are being sampled.
     epoch: goes up when the sequence loses its place, so that late results are known as such.
     slot: its place in the block tables and the sampler's tensors while it runs, else -1.
+    is_aged: it waited too long, and goes before all others from when it runs.
     block_names, num_committed: hashes of its full blocks, and how many of those others may use.
     """
 
@@ -136,6 +142,7 @@ class Request:
     cumulative_logprob: float = 0.0
     pooled: torch.Tensor | None = None
     waiting_since: int = 0
+    is_aged: bool = False
     scheduled_time: float | None = None
     was_heard_of: bool = False
     num_prompt_tokens: int = field(init=False)
@@ -145,9 +152,9 @@ class Request:
         self.num_prompt_tokens = len(self.token_ids)
 
     @property
-    def rank(self) -> tuple[int, int]:
+    def rank(self) -> tuple[float, int]:
         """Whose turn comes first: the lowest."""
-        return self.options.priority, self.order
+        return (-math.inf if self.is_aged else self.options.priority), self.order
 
     @property
     def num_known_tokens(self) -> int:

@@ -76,6 +76,7 @@ class Sampler:
         # Of the device: seed, top_k; temperature, top_p, log(min_p), typical_p.
         self._integers = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=device)
         self._floats = torch.ones(4, max_num_seqs, dtype=torch.float64, device=device)
+        self._floats[2] = -math.inf  # a slot may be launched whose set-up failed with its step
         # Of the host, which decides the path that a row takes.
         self._kind = np.zeros(max_num_seqs, dtype=np.int8)
         self._has_top_k = np.zeros(max_num_seqs, dtype=bool)

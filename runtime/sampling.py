@@ -82,7 +82,8 @@ class SamplingPlan:
 
 @dataclass
 class Sampled:
-    """What was launched: on its way to the host until `ready`, which is None on a CPU.
+    """What was launched: on its way to the host until `ready`, which is None on a CPU, and behind
+    all that the device was given before.
 
     sound: after a processor, by its name, which of some rows could still be sampled from.
     """
@@ -190,7 +191,7 @@ class SamplingStage:
         self._logits_processor.launch_slots(plan.new_edits)
         count = len(plan.requests)
         if not count:
-            return Sampled(plan, torch.empty(0, dtype=torch.int64))
+            return self._send(Sampled(plan, torch.empty(0)), torch.empty(0, dtype=torch.int64))
         if np.array_equal(plan.logits_rows, np.arange(count)):
             logits = logits[:count]
         else:

@@ -34,7 +34,8 @@ LOOKAHEAD = 16
 first."""
 
 AGING_STEPS = 1000
-"""Steps after which a waiting request goes before all others, so that none waits for ever."""
+"""Steps after which a waiting request goes before all others, and keeps its place to its end, so
+that none waits for ever."""
 
 
 @dataclass(frozen=True)
@@ -260,13 +261,16 @@ class Scheduler:
         if not self.waiting or not self._free_slots:
             return None
         oldest, first = self._by_age[0], self.waiting[0]
-        if self._num_steps - oldest.waiting_since > AGING_STEPS:
+        if self._is_aged(oldest):
             return oldest
         if not self.prefix_caching or len(self.waiting) == 1:
             return first
         priority = first.options.priority
         equal = [one for one in self.waiting[:LOOKAHEAD] if one.options.priority == priority]
         return max(equal, key=lambda one: len(self._match(one)))
+
+    def _is_aged(self, request: Request) -> bool:
+        return request.is_aged or self._num_steps - request.waiting_since > AGING_STEPS
 
     def _match(self, request: Request) -> Sequence[bytes]:
         """Names of the cached blocks that a waiting sequence can begin with."""
@@ -293,6 +297,7 @@ class Scheduler:
         self._by_age.remove(request)
         for one in family:
             one.slot = self._free_slots.pop()
+            one.is_aged = self._is_aged(request)
         self.kv_cache.attach(request.slot, names, request.options.cache_priority)
         if self._is_promised(request):
             for one, most in zip(family, self._most_held(request), strict=True):

@@ -61,5 +61,7 @@ class StepRunner:
         else:
             logits, pooled = self.dispatcher.forward(step), []
         scores = logits[work.beam_rows].float().log_softmax(-1) if work.beam_rows else None
+        prompt_logprobs = work.prompt_logprobs.run(logits)
+        # Last: who reads waits for what sampling has begun, and so for all that is before it.
         sampled = self.sampling.launch(work.plan, logits)
-        return Result(sampled, scores, work.prompt_logprobs.run(logits), pooled)
+        return Result(sampled, scores, prompt_logprobs, pooled)

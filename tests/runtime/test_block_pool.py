@@ -32,6 +32,12 @@ def test_a_name_is_of_the_salt_the_parent_and_every_token() -> None:
     assert len(others) == 12
 
 
+def test_no_salt_can_be_taken_for_a_parent() -> None:
+    parents = (block_hash(None, [number], None) for number in range(100_000))
+    parent = next(parent for parent in parents if max(parent) < 128)
+    assert block_hash(parent, [1], None) != block_hash(None, [1], parent.decode())
+
+
 def test_names_are_extended_by_full_blocks_alone() -> None:
     names = block_names([], [1, 2, 3], 4, None)
     assert names == []

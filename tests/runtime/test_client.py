@@ -340,6 +340,15 @@ def test_a_request_waits_for_each_of_its_sequences(
     assert pending.take_all() == {"a": list(range(expected))}
 
 
+def test_an_error_ends_a_request_whichever_of_its_sequences_bears_it() -> None:
+    pending = Pending()
+    pending.add(many("a", 3))
+    pending.drop("a", 0)
+    error = StepOutput("a", finish_reason="error", error=RequestError("over"))
+    assert pending.settle([StepOutput("a", (1,)), error, error]) == [error]
+    assert "a" not in pending
+
+
 def test_a_beam_search_ends_with_what_it_has_found() -> None:
     pending = Pending()
     for name, best_of in (("a", None), ("b", 4), ("a", None)):

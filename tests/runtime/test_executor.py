@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inlay.errors import OptionError, RequestError
+from inlay.runtime import scheduler as scheduler_module
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.executor import Executor
+from inlay.runtime.ledger import Pending
 from inlay.runtime.outputs import StepOutput
-from inlay.runtime.request import NewRequest
+from inlay.runtime.request import NewRequest, RequestOptions
 from inlay.runtime.sampling_params import SamplingParams
 from tests.runtime.fake_model import (
     LIMITS,
@@ -374,3 +376,63 @@ def test_a_model_that_counts_positions_without_padding() -> None:
     for tokens, reason in results:
         assert (reason == "stop") == (tokens[-1] == 7)
         assert 7 not in tokens[:-1]
+
+
+def test_a_failure_is_told_by_a_sequence_that_has_not_ended() -> None:
+    model, executor = make_executor(EOS)
+    params = SamplingParams(n=3, temperature=1.5, seed=5, max_tokens=40)
+    request = NewRequest("a", [1, 2, 3], params)
+    pending = Pending()
+    executor.add_request(request)
+    pending.add(request)
+    ended: list[StepOutput] = []
+    while executor.has_unfinished:
+        ended += [output for output in pending.settle(executor.step()) if output.finished]
+        if ended:
+            model.before_forward = fail
+    assert [(output.index, output.finish_reason) for output in ended] == [(0, "stop"), (1, "error")]
+    assert "a" not in pending
+
+
+def fail(_: int) -> None:
+    raise ValueError("out of luck")
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0, repetition_penalty=1.3),
+        SamplingParams(temperature=0, allowed_token_ids=[1, 2]),
+        SamplingParams(temperature=0.9, seed=1),
+        SamplingParams(temperature=0.9, min_p=0.1, top_p=0.9, seed=1),
+    ],
+)
+def test_a_failed_step_ends_none_that_is_only_in_the_next(params: SamplingParams) -> None:
+    model, executor = make_executor(overlap=True, max_num_tokens=8)
+    model.before_forward = lambda number: fail(number) if number == 1 else None
+    add(executor, "first", [1, 2, 3], params)
+    executor.step()  # fails on the device, unread; the next is launched behind it
+    add(executor, "second", [1, 2, 3, 4], GREEDY)
+    (output,) = executor.step()
+    assert (output.request_id, str(output.error)) == ("first", "out of luck")
+    assert run_all(executor) == {"second": generate_alone(model, [1, 2, 3, 4], GREEDY, 64)}
+    assert_nothing_held(executor)
+
+
+def test_a_request_of_low_priority_is_not_preempted_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scheduler_module, "AGING_STEPS", 50)
+    model = FakeModel(windows=(0,))
+    config = ExecutorConfig(scheduler_policy="max_utilization", kv_cache_tokens=64, debug=True)
+    executor = Executor(model, config)
+    params = SamplingParams(temperature=0, max_tokens=20)
+    executor.add_request(NewRequest("low", prompt_of(40), params, RequestOptions(priority=5)))
+    tokens: list[int] = []
+    for step in range(400):
+        if step % 3 == 0:
+            add(executor, str(step), prompt_of(8, step), replace(params, max_tokens=30))
+        for output in executor.step():
+            tokens += output.token_ids if output.request_id == "low" else ()
+    assert executor.get_stats()["num_waiting"] > 10, "the others alone are too many"
+    assert tokens == generate_alone(model, prompt_of(40), params, 64)[0]

@@ -156,6 +156,16 @@ def test_what_ends_a_request_from_outside_ends_all_its_sequences(reason: FinishR
     ]
 
 
+def test_an_error_ends_a_request_whose_first_sequence_has_ended() -> None:
+    processor, error = OutputProcessor(TOKENIZER), RuntimeError("no luck")
+    state = processor.add("r", None, [1], SamplingParams(n=2, seed=1))
+    processor.process([StepOutput("r", (ids_of("a")[0],), "length")])
+    processor.process([StepOutput("r", finish_reason="error", error=error)])
+    outputs = state.snapshot().outputs
+    assert [(one.text, one.finish_reason) for one in outputs] == [("a", "length"), ("", "error")]
+    assert state.snapshot().error is error
+
+
 def test_a_stop_string_ends_its_sequence_only() -> None:
     stopped: list[tuple[str, int | None]] = []
     processor = OutputProcessor(TOKENIZER, lambda name, index: stopped.append((name, index)))

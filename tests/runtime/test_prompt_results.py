@@ -12,7 +12,9 @@ from inlay.errors import RequestError
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.executor import Executor
 from inlay.runtime.outputs import StepOutput
+from inlay.runtime.prompt_logprobs import PromptLogprobs
 from inlay.runtime.request import NewRequest, RequestOptions
+from inlay.runtime.sampling import SamplingStage
 from inlay.runtime.sampling_params import SamplingParams
 from tests.runtime.fake_model import FakeModel, assert_nothing_held, logits_of, view
 
@@ -142,3 +144,26 @@ def test_encoders_come_whole_and_have_no_logits() -> None:
     outputs = run(executor)
     assert [step.num_tokens for step in model.steps] == [5, 8]
     assert {name: len(each) for name, each in outputs.items()} == {"a": 1, "b": 1, "c": 1}
+
+
+def test_what_is_read_was_begun_before_that_which_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    def noting(where: type, name: str) -> None:
+        original = getattr(where, name)
+
+        def noted(*args: Any) -> Any:
+            calls.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(where, name, noted)
+
+    noting(PromptLogprobs, "run")
+    noting(SamplingStage, "_send")  # on CUDA it ends with the event that `read` waits for
+    executor = make_executor(max_num_tokens=8)
+    executor.add_request(NewRequest("r", PROMPT, ONE))
+    run(executor)
+    # Of three chunks the first two sample nothing.
+    assert calls == ["run", "_send"] * (3 + 2)

@@ -132,6 +132,7 @@ def test_blocks_are_named_by_known_tokens_alone() -> None:
         ({"timeout": 0}, "timeout must be None or seconds > 0; given 0"),
         ({"timeout": float("nan")}, "timeout must be"),
         ({"cache_salt": 3}, "cache_salt must be None or a string"),
+        ({"cache_salt": "a\ud800"}, r"string that UTF-8 can encode; given 'a\\ud800'"),
         ({"cache_priority": 101}, "cache_priority must be an integer from 0 to 100"),
         ({"pooling": "max"}, "pooling must be None,"),
         ({"normalize": 1}, "normalize must be a bool"),
