@@ -278,7 +278,7 @@ _NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "no_repeat_ngram_size": (int, lambda x: 0 <= x < 2**31, "an integer >= 0"),
     "seed": (int, lambda x: 0 <= x < 2**64, "None or an integer in [0, 2**64)"),
     "min_tokens": (int, lambda x: 0 <= x < 2**31, "an integer >= 0"),
-    "max_tokens": (int, lambda x: x >= 1, "None or an integer >= 1"),
+    "max_tokens": (int, lambda x: 1 <= x < 2**63, "None or an integer in [1, 2**63)"),
     "logprobs": (
         int,
         lambda x: 0 <= x <= MAX_LOGPROBS,

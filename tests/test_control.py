@@ -109,6 +109,12 @@ def test_a_trace_is_written(tmp_path: Path) -> None:
             llm.trace(tmp_path / "no" / "where"),
         ):
             llm.generate("a fox", GREEDY, use_tqdm=False)
+        for wrong in (tmp_path, None):
+            with (
+                pytest.raises(OptionError, match=r"path .* cannot be written"),
+                llm.trace(wrong),  # type: ignore[arg-type]
+            ):
+                raise AssertionError("it was run")
         with pytest.raises(ValueError, match="mine"), llm.trace(tmp_path / "other.json"):
             raise ValueError("mine")
         assert (tmp_path / "other.json").exists(), "what was traced till then is kept"

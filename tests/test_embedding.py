@@ -146,8 +146,21 @@ def test_tokens_and_text() -> None:
         ids = llm.tokenize("a fox")
         assert ids == byte_level().encode("a fox")
         assert llm.detokenize([*ids, 0]) == "a fox<eos>"
+        for text in (5, None, ["a"], "\ud800"):
+            with pytest.raises(RequestError, match=r"str; given|no valid Unicode"):
+                llm.tokenize(text)  # type: ignore[arg-type]
+        for wrong in (5, None, "a", ["a"], [-1], [10**30]):
+            with pytest.raises(RequestError, match="token_ids must be a list of token ids"):
+                llm.detokenize(wrong)  # type: ignore[arg-type]
         assert llm.detokenize([*ids, 0], skip_special_tokens=True) == "a fox"
     with FakeLLM(tokenizer=None) as llm:
         for call, given in ((llm.tokenize, "x"), (llm.detokenize, [1])):
             with pytest.raises(RequestError, match=r"no tokenizer: give LLM\(tokenizer=\.\.\.\)"):
                 call(given)  # type: ignore[operator]
+
+
+def test_a_request_that_was_ended_says_so() -> None:
+    with FakeLLM() as llm:
+        (output,) = llm.embed([[5] * 20], timeout=1e-9, use_tqdm=False)
+        assert output.outputs.embedding == []
+        assert "finish_reason 'timeout'" in str(output.error)

@@ -304,6 +304,10 @@ def test_chat(llm: FakeLLM) -> None:
     assert one[0].prompt == "<user>fox\n<assistant>"
     *_, last = llm.stream_chat(messages, GREEDY, chat_template=TEMPLATE)
     assert last.outputs[0].token_ids == expected
+    *_, last = llm.stream_chat(messages, GREEDY, chat_template=TEMPLATE, timeout=1e-9)
+    assert last.outputs[0].finish_reason == "timeout"
+    with pytest.raises(RequestError, match="chat_template_kwargs must be None or a dict"):
+        llm.chat(messages, chat_template=TEMPLATE, chat_template_kwargs=5)
 
 
 def test_progress_bars(llm: FakeLLM, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,7 @@ class EngineControl:
         return {**self._frontend.call("get_stats"), "api": api}
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes; False where running requests still use some."""
+        """Forget all cached prefixes, pinned ones too; requests that run go on. Always True."""
         return self._frontend.call("reset_prefix_cache")
 
     def pin_prefix(self, prompt: Prompt, *, cache_salt: str | None = None) -> int:
@@ -80,8 +80,8 @@ class EngineControl:
         Raises OptionError where the file cannot be written, before anything is run.
         """
         try:
-            Path(path).touch()
-        except OSError as error:
+            Path(path).open("a").close()  # touch() is content with a directory
+        except (OSError, TypeError) as error:
             raise OptionError(f"path {path} cannot be written: {error}") from error
         self._frontend.call("start_trace")
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from inlay.errors import OptionError
+from inlay.errors import OptionError, RequestError
 from inlay.runtime.output_state import OutputState
 from inlay.runtime.outputs import EmbeddingOutput, EmbeddingRequestOutput, ScoreOutput
 from inlay.runtime.sampling_params import SamplingParams
@@ -51,14 +51,15 @@ def embedding_of(state: OutputState) -> EmbeddingRequestOutput:
         outputs=EmbeddingOutput(list(state.embedding or ())),
         finished=True,
         metrics=state.metrics,
-        error=state.error,
+        error=_why_not(state, state.embedding is not None),
     )
 
 
 def score_of(state: OutputState) -> ScoreOutput:
     """The output of a finished request that asked for its prompt's log probabilities."""
     logprobs: list[float | None] = []
-    if state.error is None:
+    error = _why_not(state, len(state.prompt_logprobs) == len(state.prompt_token_ids))
+    if error is None:
         pairs = zip(state.prompt_token_ids, state.prompt_logprobs, strict=False)
         logprobs = [None if places is None else places[i].logprob for i, places in pairs]
     return ScoreOutput(
@@ -67,5 +68,13 @@ def score_of(state: OutputState) -> ScoreOutput:
         prompt_token_ids=state.prompt_token_ids,
         logprobs=logprobs,
         metrics=state.metrics,
-        error=state.error,
+        error=error,
     )
+
+
+def _why_not(state: OutputState, is_whole: bool) -> BaseException | None:
+    """What a request failed of; one that was ended early has no error of its own."""
+    if state.error is not None or is_whole:
+        return state.error
+    reason = state.sequences[0].finish_reason
+    return RequestError(f"the request ended too early for a result: finish_reason {reason!r}")

@@ -6,10 +6,11 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from inlay.errors import RequestError
-from inlay.prompts import EncodedPrompt, encode_bad_words
+from inlay.prompts import EncodedPrompt, check_unicode, encode_bad_words
 from inlay.runtime.admission import Admission
 from inlay.runtime.request import RequestOptions
 from inlay.runtime.sampling_params import SamplingParams
@@ -90,12 +91,18 @@ class JobMaker:
             return encode(item, self._tokenizer)
 
     def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text; RequestError without a tokenizer."""
+        """Token ids of a text; RequestError for anything else, and without a tokenizer."""
+        if not isinstance(text, str):
+            raise RequestError(f"text must be a str; given {text!r}")
+        check_unicode(text)
         with self._tokenizing:
             return self._require().encode(text, add_special_tokens=add_special_tokens)
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """Text of token ids; RequestError without a tokenizer."""
+        """Text of token ids; RequestError for anything else, and without a tokenizer."""
+        is_list = isinstance(token_ids, Sequence) and not isinstance(token_ids, str | bytes)
+        if not is_list or not all(isinstance(i, Integral) and 0 <= i < 2**31 for i in token_ids):
+            raise RequestError(f"token_ids must be a list of token ids >= 0; given {token_ids!r}")
         return self._require().decode(
             list(token_ids),
             skip_special_tokens=skip_special_tokens,

@@ -208,11 +208,23 @@ class LLM(EngineControl):
         self,
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        cache_salt: str | None = None,
+        cache_priority: int = 0,
         **template_options: Any,
     ) -> Iterator[RequestOutput]:
-        """Answer one conversation, as `stream` does."""
-        render = self._renderer(template_options, "stream_chat")
-        (job,) = self._jobs([messages], render, sampling_params)
+        """Answer one conversation, as `stream` does; arguments as in `chat`."""
+        (job,) = self._jobs(
+            [messages],
+            self._renderer(template_options, "stream_chat"),
+            sampling_params,
+            priority=priority,
+            timeout=timeout,
+            cache_salt=cache_salt,
+            cache_priority=cache_priority,
+        )
         return _pieces(self._frontend.submit(job, self, streaming=True))
 
     def batch(
@@ -323,7 +335,10 @@ class LLM(EngineControl):
         given = {name: value for name, value in template_options.items() if name in CALL}
         refuse_in_call(given, method)
         rest = {name: value for name, value in template_options.items() if name not in CALL}
-        rest |= rest.pop("chat_template_kwargs", None) or {}  # vLLM's way to give them
+        more = rest.pop("chat_template_kwargs", None) or {}  # vLLM's way to give them
+        if not isinstance(more, Mapping):
+            raise RequestError(f"chat_template_kwargs must be None or a dict; given {more!r}")
+        rest |= more
         return partial(render_chat, **rest)
 
     def _submit_line(

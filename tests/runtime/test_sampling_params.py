@@ -37,6 +37,7 @@ def test_defaults_are_those_of_vllm() -> None:
         ("seed", -1),
         ("seed", 2**64),
         ("seed", 0.5),
+        ("max_tokens", 2**63),
         ("max_tokens", 0),
         ("max_tokens", 1.0),
         ("max_tokens", True),
