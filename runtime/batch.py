@@ -12,6 +12,7 @@ from inlay.backends.base import ModelLimits
 from inlay.backends.step import FlatRequests, StepInputs, build_step, ladder_up_to, round_up
 from inlay.runtime.kv_cache import KVCache
 from inlay.runtime.request import UNKNOWN_TOKEN
+from inlay.runtime.sampler import to_device
 from inlay.runtime.scheduler import ScheduledRequest
 
 MAX_PROMPT_LOGITS = 256
@@ -50,8 +51,8 @@ class Batch:
 
     def fill_in(self, step: StepInputs, last_tokens: torch.Tensor) -> None:
         """Put tokens sampled last, int64 [slots], into the inputs that wait for them."""
-        places, slots = (torch.from_numpy(part).to(last_tokens.device) for part in self.newest)
-        if len(places):
+        if len(self.newest[0]):
+            places, slots = (to_device(part, last_tokens.device) for part in self.newest)
             step.input_ids[places] = last_tokens[slots]
 
 

@@ -218,6 +218,7 @@ class Executor(ExecutorControl):
             if not isinstance(error, Exception):
                 raise
             return False
+        self.stats.counters.num_block_copies += len(copies)
         self._account(schedule, rows)
         self._in_flight.append(Launched(schedule.items, rows, beams, work, pending, begin))
         return True

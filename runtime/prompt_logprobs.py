@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from inlay.runtime.logprobs import TopTokens, find_top_tokens, read_top_tokens
 from inlay.runtime.outputs import Logprob
+from inlay.runtime.sampler import to_device
 from inlay.runtime.scheduler import ScheduledRequest
 
 Found = tuple[dict[int, Logprob] | None, ...]
@@ -46,7 +48,7 @@ class PromptLogprobs:
         found = []
         for piece in self.pieces:
             rows = logits[piece.begin : piece.begin + len(piece.tokens)]
-            tokens = torch.tensor(piece.tokens, device=logits.device)
+            tokens = to_device(np.array(piece.tokens, dtype=np.int64), logits.device)
             width = piece.item.request.params.prompt_logprobs or 0
             found.append(find_top_tokens(rows, tokens, width))
         return [tops.to_host() for tops in found]

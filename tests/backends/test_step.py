@@ -163,3 +163,21 @@ def test_rounding_up(value: int, limit: int) -> None:
     rounded = round_up(value, ladder)
     assert rounded == next((rung for rung in ladder if rung >= value), value)
     assert round_up(rounded, ladder) == rounded
+
+
+def test_on_cuda_no_copy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, bool]] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(("pin", True))
+        return tensor
+
+    def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        calls.append((device.type, non_blocking))
+        return tensor
+
+    step = build_step([StepRequest([1, 2], 0, [[0]])], 4)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    step.to(torch.device("cuda"))
+    assert calls == [("pin", True)] * 7 + [("cuda", True)] * 7

@@ -436,3 +436,10 @@ def test_a_request_of_low_priority_is_not_preempted_for_ever(
             tokens += output.token_ids if output.request_id == "low" else ()
     assert executor.get_stats()["num_waiting"] > 10, "the others alone are too many"
     assert tokens == generate_alone(model, prompt_of(40), params, 64)[0]
+
+
+def test_block_copies_are_counted() -> None:
+    _, executor = make_executor()
+    add(executor, "r", prompt_of(6), SamplingParams(n=3, seed=1, max_tokens=2))
+    run_all(executor)
+    assert executor.get_stats()["num_block_copies"] == 2 * 2, "of each group, for all but the last"
