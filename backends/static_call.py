@@ -21,7 +21,8 @@ class StaticCall(Generic[T]):
         self._call = call
         self._graph: torch.cuda.CUDAGraph | None = None
         if self.inputs[0].device.type == "cuda":
-            self._capture()
+            with torch.cuda.device(self.inputs[0].device):
+                self._capture()
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> T:
         """Inputs may be smaller than the static ones: what lies beyond stays as it was.

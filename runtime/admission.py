@@ -58,6 +58,11 @@ class Admission:
                 f"max_num_tokens is {limits.max_num_tokens}: shorten it, or build the engine with "
                 "a larger max_num_tokens"
             )
+        if options.pooling is not None and params.num_sequences > 1:
+            raise RequestError(
+                f"an embedding is one vector: n, best_of and beams must be left out; given "
+                f"{params.num_sequences} sequences"
+            )
         check_processors(params, self.in_process)
         limits.refuse_padding(token_ids)
         for name, ids in params.named_token_ids.items():

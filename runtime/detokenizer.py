@@ -177,12 +177,18 @@ class StopStringMatcher:
         self._stop_strings = stop_strings
         self._include = include_in_output
         self._longest = max(map(len, stop_strings), default=0)
+        self._begin = 0
         self.text = ""
         self.stop_reason: str | None = None
 
+    def skip(self, new_text: str) -> None:
+        """Add text in which no stop string counts."""
+        self.text += new_text
+        self._begin = len(self.text)
+
     def append(self, new_text: str) -> bool:
         """Add text; True if a stop string was completed, and `text` ends with or before it."""
-        start = max(len(self.text) - self._longest + 1, 0)
+        start = max(len(self.text) - self._longest + 1, self._begin)
         self.text += new_text
         found = []
         for stop in self._stop_strings:

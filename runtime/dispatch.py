@@ -61,6 +61,8 @@ class Dispatcher:
     def drop(self) -> None:
         """Forget the graphs: the addresses that they were captured with are no longer good."""
         self._graphs.clear()
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()  # what they held is free memory again
 
     def forward(self, step: StepInputs) -> torch.Tensor:
         """Logits [R, vocab]; rows beyond step.num_logits are not to be read."""

@@ -61,7 +61,7 @@ class SequenceState:
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         """Nothing more will come: what was held back is text now."""
         text = "" if self._detokenizer is None else self._detokenizer.flush()
-        if self.matcher.stop_reason is None and self.matcher.append(text):
+        if self.matcher.stop_reason is None and self._append(text):
             reason, stop_reason = "stop", self.matcher.stop_reason
         self.finish_reason, self.stop_reason = reason, stop_reason
 
@@ -89,7 +89,14 @@ class SequenceState:
     def _completes_a_stop(self, token: int, has_text: bool) -> bool:
         if self._detokenizer is None or not (has_text or self._params.include_stop_str_in_output):
             return False
-        return self.matcher.append(self._detokenizer.append([token]))
+        return self._append(self._detokenizer.append([token]))
+
+    def _append(self, text: str) -> bool:
+        """Whether a stop string is complete; none is within the first min_tokens."""
+        if len(self.token_ids) <= self._params.min_tokens:
+            self.matcher.skip(text)
+            return False
+        return self.matcher.append(text)
 
 
 class OutputState:

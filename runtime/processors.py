@@ -59,7 +59,7 @@ def _resolve(entry: str) -> tuple[Callable[..., Any], dict[str, Any]]:
             f"logits processor {entry!r} cannot be had ({type(error).__name__}: {error}): give "
             '"module:Class" or "module:Class:{JSON arguments}" of a module on the Python path'
         ) from error
-    if not callable(found) or not isinstance(keywords, dict):
+    if not isinstance(found, type) or not isinstance(keywords, dict):
         raise RequestError(f"logits processor {entry!r} is not a class with keyword arguments")
     return found, keywords
 

@@ -48,7 +48,8 @@ class RequestOptions:
         good = self.timeout is None or (is_number and 0 < self.timeout < math.inf)
         _require(good, self, "timeout", "None or seconds > 0")
         good = self.cache_salt is None or _is_text(self.cache_salt)
-        _require(good, self, "cache_salt", "None or a string that UTF-8 can encode")
+        good = good and self.cache_salt != ""  # which an id that is missing would be
+        _require(good, self, "cache_salt", "None or a string that UTF-8 can encode, not empty")
         is_int = isinstance(self.cache_priority, int) and not isinstance(self.cache_priority, bool)
         good = is_int and 0 <= self.cache_priority <= 100
         _require(good, self, "cache_priority", "an integer from 0 to 100")

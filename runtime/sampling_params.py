@@ -34,8 +34,42 @@ Processor = Callable[..., Any]
 """(prompt_token_ids, output_token_ids, logits [vocab]) -> logits."""
 
 
+ELSEWHERE = {
+    "guided_decoding": "guided decoding is not built yet",
+    "structured_outputs": "guided decoding is not built yet",
+    "guided_json": "guided decoding is not built yet",
+    "guided_regex": "guided decoding is not built yet",
+    "max_new_tokens": "it is max_tokens here",
+    "min_new_tokens": "it is min_tokens here",
+    "end_id": "give stop_token_ids, or LLM(eos_token_ids=...)",
+    "pad_id": "nothing is padded",
+    "beam_width": "give use_beam_search=True and best_of",
+    "num_beams": "give use_beam_search=True and best_of",
+    "do_sample": "temperature=0 is greedy",
+    "detokenize": "give prompts of token ids and read token_ids",
+    "truncate_prompt_tokens": "cut the prompt's token ids",
+    "output_kind": "generate_async(streaming=True) gives growing outputs, each with its delta",
+    "return_context_logits": "give prompt_logprobs",
+    "return_generation_logits": "give logprobs",
+    "lora_request": "LoRA is not built yet",
+}
+"""Parameters of other engines, and what there is here instead."""
+
+
+class _RefusesUnknown(type):
+    """Calls a class with its own fields only; RequestError names another one."""
+
+    def __call__(cls, *args: Any, **given: Any) -> Any:
+        allowed = vars(cls)["__dataclass_fields__"]
+        for name in given:
+            if name not in allowed:
+                instead = ELSEWHERE.get(name, f"it has {', '.join(allowed)}")
+                raise RequestError(f"{cls.__name__} has no parameter {name!r}: {instead}")
+        return super().__call__(*args, **given)
+
+
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(metaclass=_RefusesUnknown):
     """Sampling and stopping rules of one request; names and defaults are vLLM's.
 
     n: how many sequences to give back, 1 to 64. Greedy ones would all be equal and are refused.
@@ -65,7 +99,8 @@ class SamplingParams:
     allowed_token_ids: no other token comes.
     bad_words: strings that must not come.
     bad_words_ids: lists of token ids that must not come one after the other.
-    min_tokens: end-of-sequence and stop tokens must not come before so many.
+    min_tokens: end-of-sequence and stop tokens must not come before so many, and stop strings do
+        not count in their text.
     seed: the same seed gives the same tokens in any batch; None draws one at arrival.
     stop: strings that end the request; they are cut from the text.
     stop_token_ids: token ids that end the request, besides the model's end-of-sequence ids.

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from inlay.errors import OptionError
+from inlay.errors import OptionError, RequestError
 
 MAX_TRACE_EVENTS = 1_000_000
 """Events that a trace holds; later ones are not recorded, so that a forgotten one cannot grow."""
@@ -85,7 +85,9 @@ class Stats:
         return {**asdict(self.counters), "last_step": self.last_step}
 
     def start_trace(self) -> None:
-        """Record what happens from now on."""
+        """Record what happens from now on; RequestError where that is done already."""
+        if self._trace is not None:
+            raise RequestError("a trace is being recorded already: end that one first")
         self._trace = []
 
     def stop_trace(self) -> dict[str, Any]:

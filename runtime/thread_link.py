@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+CLOSE_SECONDS = 10.0
+"""More than a step takes, if it ends at all."""
+
+
 class ThreadLink:
     """A Link (see client.py) to a loop in this process."""
 
@@ -48,11 +52,12 @@ class ThreadLink:
         self._inbox.put(message)
 
     def close(self) -> None:
-        """Stop behind the step that runs, which cannot be interrupted."""
+        """Stop behind the step that runs, which cannot be interrupted; of one that hangs, no more
+        is waited for than CLOSE_SECONDS: the thread ends with the process."""
         if self.ledger.close():
             self.put(Stop())
         if threading.current_thread() is not self.listener:
-            self.listener.join()
+            self.listener.join(CLOSE_SECONDS)
 
     def _run(self, executor: Executor) -> None:
         try:

@@ -26,7 +26,8 @@ from inlay.runtime.outputs import RequestOutput
 from inlay.runtime.sampling_params import SamplingParams
 
 PROMPTS = ("prompt", "messages", "prompt_token_ids")
-SAMPLING = frozenset(field.name for field in fields(SamplingParams))
+SAMPLING = frozenset(field.name for field in fields(SamplingParams)) - {"logits_processors"}
+"""What a line may say. Logits processors are code, which comes from the caller, not from data."""
 
 Submit = Callable[[Any, bool, SamplingParams, Callable[[Any], None]], RequestHandle]
 """(prompt or messages, whether messages, parameters, what to call when finished)."""

@@ -304,6 +304,10 @@ class LLM(EngineControl):
                 )
         return [score_of(h.finished_state()) for h in self._finish(jobs, use_tqdm, "Scoring")]
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation config recommends: what None stands for."""
+        return self._maker.default_params
+
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, as `generate` takes it."""
         return self._maker.tokenize(text, add_special_tokens)

@@ -105,19 +105,30 @@ def render_chat(
             'messages must be a list like [{"role": "user", "content": "..."}], and not empty;'
             f" given {messages!r}"
         )
-    for message in messages:
-        parts = message.get("content")
-        if isinstance(parts, list | tuple):
-            kinds = {str(part.get("type", "text")) for part in parts if isinstance(part, Mapping)}
-            refuse_media(kinds - {"text"})
+    messages = [_with_plain_content(message) for message in messages]
     options = {"add_generation_prompt": True, **template_options, "tokenize": False}
     try:
-        text = tokenizer.apply_chat_template(list(messages), **options)
+        text = tokenizer.apply_chat_template(messages, **options)
     except Exception as error:
         raise RequestError(f"the chat template refused the messages: {error}") from error
     check_unicode(text)
     # The template has written the special tokens already.
     return EncodedPrompt(text, tokenizer.encode(text, add_special_tokens=False))
+
+
+def _with_plain_content(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose content is a text, as every template takes it; RequestError for media."""
+    parts = message.get("content")
+    if not isinstance(parts, list | tuple):
+        return message
+    refuse_media({str(p.get("type", "text")) for p in parts if isinstance(p, Mapping)} - {"text"})
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise RequestError(
+            'parts of a message must be texts or {"type": "text", "text": "..."}; given '
+            f"{parts!r}"
+        )
+    return {**message, "content": "\n".join(texts)}
 
 
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
