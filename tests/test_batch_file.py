@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from inlay.batch_file import BatchSummary
-from inlay.errors import EngineError, OptionError
+from inlay.batch_file import BatchSummary, parse
+from inlay.errors import EngineError, OptionError, RequestError
 from inlay.runtime.sampling_params import SamplingParams
 from tests.fake_llm import GREEDY, TOKENIZER, FakeLLM, alone, assert_usable, fail_at
 from tests.test_prompts import TEMPLATE
@@ -219,3 +219,9 @@ def test_its_progress_is_shown(
     source = write(tmp_path / "in", [{"prompt": "x"}, {"prompt": ""}])
     llm.batch(source, tmp_path / "out", GREEDY)
     assert "Batch: 100%" in capsys.readouterr().err
+
+
+def test_a_line_brings_no_code() -> None:
+    line = json.dumps({"prompt": "a", "logits_processors": ["os:system"]})
+    with pytest.raises(RequestError, match="unknown field 'logits_processors'"):
+        parse(1, line, SamplingParams())

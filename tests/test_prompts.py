@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -169,3 +170,13 @@ def test_bad_words_become_token_ids() -> None:
     assert encode_bad_words(unchanged, None) is unchanged
     with pytest.raises(RequestError, match="bad_words needs a tokenizer"):
         encode_bad_words(params, None)
+
+
+def test_parts_of_text_are_one_text() -> None:
+    tokenizer = byte_level()
+    render = partial(render_chat, tokenizer=tokenizer, chat_template=TEMPLATE)
+    parts = [{"type": "text", "text": "a fox"}, {"type": "text", "text": "a dog"}]
+    one = render([{"role": "user", "content": parts}])
+    assert one == render([{"role": "user", "content": "a fox\na dog"}])
+    with pytest.raises(RequestError, match="parts of a message must be texts"):
+        render([{"role": "user", "content": [{"type": "text"}]}])

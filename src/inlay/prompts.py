@@ -105,10 +105,12 @@ def render_chat(
             'messages must be a list like [{"role": "user", "content": "..."}], and not empty;'
             f" given {messages!r}"
         )
-    messages = [_with_plain_content(message) for message in messages]
+    messages, plain = list(messages), [_with_plain_content(one) for one in messages]
     options = {"add_generation_prompt": True, **template_options, "tokenize": False}
     try:
-        text = tokenizer.apply_chat_template(messages, **options)
+        text = None if plain == messages else _of_parts(messages, tokenizer, options)
+        if text is None:
+            text = tokenizer.apply_chat_template(plain, **options)
     except Exception as error:
         raise RequestError(f"the chat template refused the messages: {error}") from error
     check_unicode(text)
@@ -116,14 +118,30 @@ def render_chat(
     return EncodedPrompt(text, tokenizer.encode(text, add_special_tokens=False))
 
 
+def _of_parts(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any],
+) -> str | None:
+    """Messages with lists of parts; None where the template knows texts only."""
+    try:
+        text = tokenizer.apply_chat_template(list(messages), **options)
+    except Exception:
+        return None
+    # A template that puts content as it is into the text writes the list's brackets.
+    lists = [one["content"] for one in messages if not isinstance(one.get("content"), str)]
+    return None if any(str(parts) in text for parts in lists) else text
+
+
 def _with_plain_content(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message whose content is a text, as every template takes it; RequestError for media."""
+    """A message whose content is one text; RequestError for media."""
     parts = message.get("content")
     if not isinstance(parts, list | tuple):
         return message
     refuse_media({str(p.get("type", "text")) for p in parts if isinstance(p, Mapping)} - {"text"})
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
+    given = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    texts = [text for text in given if isinstance(text, str)]
+    if len(texts) < len(parts):
         raise RequestError(
             'parts of a message must be texts or {"type": "text", "text": "..."}; given '
             f"{parts!r}"

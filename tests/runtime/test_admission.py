@@ -26,9 +26,6 @@ def test_more_sequences_than_can_run_at_once(options: dict[str, Any]) -> None:
     params = SamplingParams(use_beam_search=is_beams, max_tokens=1, **options)
     with pytest.raises(RequestError, match=r"has 7 sequences.*max_num_seqs is 6"):
         admission(1000, 1000).check([1], params)
-    pooled = RequestOptions(pooling="last")
-    if not is_beams:
-        assert admission(1000, 1000).check([1], params, pooled) == [1]
 
 
 @pytest.mark.parametrize(
@@ -101,3 +98,9 @@ def test_a_request_that_was_refused_leaves_nothing_behind() -> None:
         executor.add_request(NewRequest("r", [1] * 30, SamplingParams(max_tokens=20)))
     executor.add_request(NewRequest("r", [1], SamplingParams(temperature=0, max_tokens=2)))
     assert len(run_all(executor)["r"][0]) == 2
+
+
+def test_an_embedding_is_one_sequence() -> None:
+    executor = Executor(FakeModel())
+    with pytest.raises(RequestError, match="one vector: n, best_of and beams must be left out"):
+        executor.admission.check([1, 2], SamplingParams(n=2), RequestOptions(pooling="last"))

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from inlay.errors import EngineError, OptionError, RequestError
+from inlay.runtime import thread_link
 from inlay.runtime.client import CONTROLS, ExecutorClient, connect
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.executor import Executor
@@ -387,3 +389,16 @@ def test_the_end_is_told_once_for_each_that_waits() -> None:
         ("a", 1, death), ("b", 0, death),
     ]  # fmt: skip
     assert recorder.deaths == [death]
+
+
+def test_a_step_that_hangs_does_not_hold_up_close(
+    model: FakeModel, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thread_link, "CLOSE_SECONDS", 0.2)
+    gate, client = Gate(model), open_client(model, recorder)
+    client.submit(new("a"))
+    assert gate.reached.wait(30)
+    begin = time.perf_counter()
+    client.close()
+    assert time.perf_counter() - begin < 10
+    gate.open.set()

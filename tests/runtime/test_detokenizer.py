@@ -256,3 +256,11 @@ def test_nothing_is_held_without_stop_strings() -> None:
     matcher = StopStringMatcher(())
     assert not matcher.append("anything")
     assert (matcher.text, matcher.num_held) == ("anything", 0)
+
+
+def test_what_is_skipped_holds_no_stop_string() -> None:
+    matcher = StopStringMatcher(["ab"])
+    matcher.skip("xaba")
+    assert not matcher.append("bx"), "one that began before does not count either"
+    assert matcher.append("yab")
+    assert matcher.text == "xababxy"

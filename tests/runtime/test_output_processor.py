@@ -295,11 +295,3 @@ def test_the_engines_end_is_told_from_a_requests() -> None:
     processor.fail_all(end)
     assert [state.engine_error for state in states] == [None, end, end]
     assert [state.error for state in states] == [own, end, end]
-
-
-def test_stop_strings_do_not_count_before_min_tokens() -> None:
-    matcher = StopStringMatcher(["ab"])
-    matcher.skip("xaba")
-    assert not matcher.append("bx"), "one that began before does not count either"
-    assert matcher.append("yab")
-    assert matcher.text == "xababxy"

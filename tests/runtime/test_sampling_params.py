@@ -61,7 +61,7 @@ def test_bad_values_are_named(name: str, value: Any) -> None:
 
 
 def test_unknown_names_and_positions_are_refused() -> None:
-    with pytest.raises(RequestError, match="no parameter 'temprature': it has .*temperature"):
+    with pytest.raises(RequestError, match=r"no parameter 'temprature': it has .*temperature"):
         SamplingParams(temprature=1.0)  # type: ignore[call-arg]
     with pytest.raises(RequestError, match="'guided_decoding': guided decoding is not built yet"):
         SamplingParams(guided_decoding=None)  # type: ignore[call-arg]

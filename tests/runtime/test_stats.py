@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from inlay.errors import RequestError
 from inlay.runtime import stats as stats_module
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.executor import Executor
@@ -101,3 +102,12 @@ def test_a_forgotten_trace_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> Non
     executor.add_request(NewRequest("a", [1, 2], GREEDY))
     run_all(executor)
     assert len(executor.stop_trace()["traceEvents"]) == 7
+
+
+def test_one_trace_at_a_time() -> None:
+    stats = stats_module.Stats()
+    stats.start_trace()
+    with pytest.raises(RequestError, match="recorded already"):
+        stats.start_trace()
+    stats.stop_trace()
+    stats.start_trace()
