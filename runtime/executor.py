@@ -182,7 +182,7 @@ class Executor(ExecutorControl):
             while len(self._in_flight) > (self._depth if launched else 0):
                 outputs += self._collect(self._in_flight.popleft())
         except BaseException:
-            self._undelivered = outputs
+            self._undelivered = [*outputs, *self._undelivered]
             raise
         if self.config.debug:
             self.scheduler.check()

@@ -158,7 +158,9 @@ class Scheduler:
         """The first num_tokens tokens were run: others may use their blocks, windows pass on."""
         block_size = self.kv_cache.block_size
         is_full = num_tokens // block_size > request.num_committed
-        if is_full and self.prefix_caching and request.beams is None:
+        # Beams change places; what all of them share is the prompt.
+        is_forked_beam = request.beams is not None and not request.siblings
+        if is_full and self.prefix_caching and not is_forked_beam:
             names = request.name_blocks(block_size)
             end = min(num_tokens // block_size, len(names))
             if end > request.num_committed:

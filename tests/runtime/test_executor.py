@@ -16,6 +16,7 @@ from inlay.runtime.executor import Executor
 from inlay.runtime.ledger import Pending
 from inlay.runtime.outputs import StepOutput
 from inlay.runtime.request import NewRequest, RequestOptions
+from inlay.runtime.sampling import Sampled, SampledToken
 from inlay.runtime.sampling_params import SamplingParams
 from tests.runtime.fake_model import (
     LIMITS,
@@ -360,6 +361,39 @@ def test_an_interrupt_is_raised_and_reported_to_the_others() -> None:
     assert [o.request_id for o in outputs if isinstance(o.error, KeyboardInterrupt)] == ["a", "b"]
     assert run_all(executor)["c"][1] == "length"
     assert_nothing_held(executor)
+
+
+def test_an_interrupt_while_results_are_read_loses_no_answer() -> None:
+    _, executor = make_executor(max_num_seqs=2)
+    read = executor.sampling.read
+    add(executor, "a", prompt_of(4), GREEDY)
+
+    def interrupted(sampled: Sampled) -> list[SampledToken]:
+        executor.sampling.read = read  # type: ignore[method-assign]
+        raise KeyboardInterrupt
+
+    executor.sampling.read = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        executor.step()
+    assert executor.has_unfinished
+    (output,) = executor.step()
+    assert isinstance(output.error, KeyboardInterrupt)
+    assert_nothing_held(executor)
+
+
+def test_a_beam_search_warms_the_cache_with_its_prompt() -> None:
+    model, executor = make_executor()
+    prompt = prompt_of(20)
+    beams = SamplingParams(temperature=0, use_beam_search=True, n=2, max_tokens=4)
+    add(executor, "beams", prompt, beams)
+    run_all(executor)
+    add(executor, "after", prompt, GREEDY)
+    outputs = []
+    while executor.has_unfinished:
+        outputs += executor.step()
+    assert outputs[0].num_cached_tokens == 16
+    tokens = [token for output in outputs for token in output.token_ids]
+    assert tokens == generate_alone(model, prompt, GREEDY, 64)[0]
 
 
 def test_a_model_that_counts_positions_without_padding() -> None:
