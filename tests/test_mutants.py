@@ -16,7 +16,7 @@ from inlay import LLM, SamplingParams
 from inlay.backends.inductor.backend import CpuAttention
 from inlay.backends.kernels.cpu_ops import load_ops
 from inlay.backends.model import ProgramModel
-from inlay.errors import UnsupportedModelError, VerificationError
+from inlay.errors import RequestError, UnsupportedModelError, VerificationError
 from inlay.lowering import capture as capture_module
 from inlay.lowering.attention import ATTENTION
 from inlay.lowering.guards import check_engine
@@ -154,9 +154,13 @@ def tokens(engine: Any, toy: Toy) -> TokenComparison:
 def test_runtime(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     patch = Patch(monkeypatch)
     mutants.RUNTIME[name](patch)
-    found = tokens(right_build(mutants.TWO_LAYERS).engine, mutants.TWO_LAYERS)
+    try:
+        passed = tokens(right_build(mutants.TWO_LAYERS).engine, mutants.TWO_LAYERS).passed
+    except RequestError as error:  # blocks that nobody has written may hold NaN
+        assert "its logits are NaN" in str(error)  # noqa: PT017
+        passed = False
     assert patch.reached
-    assert not found.passed, found
+    assert not passed
 
 
 @each(mutants.TOKENS_OF_A_BUILD)

@@ -33,7 +33,7 @@ BLOCK = 16
 UNLIKE = ("llama", "gemma3_text", "qwen3_moe", "gpt_oss")
 """Full attention; windows in a KV group of their own; experts; all of these with sinks."""
 
-COMPILED = ("gemma3_text", "gpt_oss")
+COMPILED = ("gpt_oss",)
 """Run on Inductor by default; tests/test_architectures.py compiles the same segments."""
 
 

@@ -118,9 +118,7 @@ def test_an_embedding_among_generations() -> None:
     alone.add_request(NewRequest("g", PROMPT, params))
     executor.add_request(NewRequest("g", PROMPT, params))
     options = RequestOptions(pooling="mean", normalize=False)
-    # As many sequences as it likes: an embedding is one.
-    many = SamplingParams(n=5)
-    executor.add_request(NewRequest("e", PROMPT[:7], many, options))
+    executor.add_request(NewRequest("e", PROMPT[:7], SamplingParams(), options))
     outputs = run(executor)
     assert len(outputs["e"]) == 1
     tokens = [[t for o in each["g"] for t in o.token_ids] for each in (run(alone), outputs)]

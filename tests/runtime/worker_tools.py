@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,7 +16,13 @@ LONG = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=8)
 PROMPT = [11, 12, 13, 14]
 
-SCRIPT = """
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+"""
+SCRIPT += """
 import os, signal, sys, threading, time
 from types import SimpleNamespace
 from inlay.runtime.client import connect
