@@ -136,7 +136,7 @@ class ProcessLink:
             if self._connection in wait(sources) or self._connection.poll():
                 return self._connection.recv_bytes()
         except (EOFError, OSError):
-            pass
+            pass  # the other end is gone, which is what the caller is told
         return None
 
     def _take(self, message: Message) -> None:
