@@ -96,19 +96,59 @@ def experts(
     Matrix products are in x's dtype, all between and after them in float32 (float64 for float64),
     rounded once: transformers' default sums so; its eager loop rounds after every addition.
     """
+    options = activation, gated, interleaved, alpha, gate_limit, up_limit, limit_activated
+    bounds = up_offset, gate_softcap, up_softcap, norm_eps
+    return mixture(
+        x,
+        top_k_index,
+        top_k_weights,
+        up.shape[0],
+        lambda rows, expert: _product(rows, up[expert], transposed),
+        lambda rows, expert: _product(rows, down[expert], transposed),
+        up_bias,
+        down_bias,
+        norm_weight,
+        *options,
+        *bounds,
+    )
+
+
+def mixture(
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    num_experts: int,
+    up: Callable[[Tensor, int], Tensor],
+    down: Callable[[Tensor, int], Tensor],
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    activation: str,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    gate_limit: float,
+    up_limit: float,
+    limit_activated: bool,
+    up_offset: float,
+    gate_softcap: float,
+    up_softcap: float,
+    norm_eps: float,
+) -> Tensor:
+    """The layer over any products: up and down take rows [n, K] and an expert to [n, N]; the rest
+    as those of `experts`."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    num_experts = up.shape[0]
     parts = x.new_zeros((*top_k_index.shape, x.shape[1]), dtype=wide)
     for expert in top_k_index.unique().tolist():
         if not 0 <= expert < num_experts:
             continue
         token, slot = torch.where(top_k_index == expert)
-        hidden = _product(x[token], up, up_bias, expert, transposed)
+        hidden = _biased(up(x[token], expert), up_bias, expert)
         gate, factor = _split(hidden, interleaved) if gated else (hidden, None)
         active = activate(gate, activation, alpha, gate_limit, limit_activated, gate_softcap)
         if factor is not None:
             active = active * bound_up(factor, up_limit, up_offset, up_softcap)
-        out = _product(active.to(x.dtype), down, down_bias, expert, transposed)
+        out = _biased(down(active.to(x.dtype), expert), down_bias, expert)
         if norm_weight is not None:
             out = out * (1.0 + norm_weight.to(wide))
             out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + norm_eps)
@@ -123,12 +163,13 @@ def _split(gate_up: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return gate_up[:, :half], gate_up[:, half:]
 
 
-def _product(
-    rows: Tensor, weights: Tensor, biases: Tensor | None, expert: int, transposed: bool
-) -> Tensor:
-    """One expert's linear layer: rows [n, K] to [n, N], widened after the product."""
-    weight = weights[expert]
-    out = F.linear(rows, weight.t() if transposed else weight)
+def _product(rows: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """One expert's linear layer: rows [n, K] to [n, N]."""
+    return F.linear(rows, weight.t() if transposed else weight)
+
+
+def _biased(out: Tensor, biases: Tensor | None, expert: int) -> Tensor:
+    """A product's result, widened, with its expert's bias."""
     out = out.to(torch.promote_types(out.dtype, torch.float32))
     return out if biases is None else out + biases[expert].to(out.dtype)
 
