@@ -33,6 +33,7 @@ from inlay.lowering.capture import REFERENCE, share_tensors, without_pooler
 from inlay.lowering.checkpoint import check_files, check_finite, check_place, guarded
 from inlay.lowering.options import DTYPES
 from inlay.lowering.support import auto_class, check_config, check_supported
+from inlay.passes.quantize.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +56,13 @@ _patching = threading.Lock()
 @dataclass
 class Source:
     """A model, the tokenizer that belongs to it (None where it has none), and what to call it in
-    an `inlay build` command."""
+    an `inlay build` command. stored: of a checkpoint that is quantized already, its layers'
+    schemes and parts; the model then holds the numbers that these stand for."""
 
     model: PreTrainedModel
     tokenizer: Any
     name: str
+    stored: Plan | None = None
 
 
 def demo_path() -> Path:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from inlay.backends.select import BACKENDS
 from inlay.errors import OptionError
+from inlay.passes.quantize.config import NONE, parse_quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VERIFY = ("capture", "engine", "pass")
@@ -28,6 +29,9 @@ class CompileOptions:
     max_seq_len: tokens of one request, prompt and output together; None takes the model's.
     max_num_tokens: tokens in one step over all requests: longer prompts are chunked.
     max_num_seqs: requests in one step.
+    quantization: "none", or a format and its settings, see `QuantizationConfig`: "w8a8" (int8),
+        "w8a16", "w4a16", "fp8", "w4a16,group_size=128,method=gptq,calibration=texts.jsonl" ...
+        A checkpoint that is quantized already keeps its own.
     block_size: tokens that a KV block holds: 16, 32, 64 or 128.
     optimization_level: 0 to 3, of the C++ compiler for the code that calls the kernels, which
         are always fully optimized: 0 (the default) builds fastest, 1 decodes some 3 % faster.
@@ -42,6 +46,7 @@ class CompileOptions:
     max_seq_len: int | None = None
     max_num_tokens: int = 2048
     max_num_seqs: int = 64
+    quantization: Any = NONE
     block_size: int = 32
     optimization_level: int = 0
     verify: str = "engine"
@@ -50,6 +55,8 @@ class CompileOptions:
     def __post_init__(self) -> None:
         if isinstance(self.dtype, torch.dtype):
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        parsed = parse_quantization(self.quantization)
+        object.__setattr__(self, "quantization", NONE if parsed is None else parsed)
         _one_of("backend", self.backend, BACKENDS)
         _one_of("dtype", self.dtype, ("auto", *DTYPES))
         _one_of("block_size", self.block_size, BLOCK_SIZES)
@@ -68,6 +75,11 @@ class CompileOptions:
                 f"every running request gets a token in every step, got {self.max_num_tokens}; "
                 "give max_num_seqs too"
             )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, each value as a flag of `inlay build` takes it."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**given, "quantization": str(self.quantization)}
 
     @staticmethod
     def from_kwargs(kwargs: dict[str, Any]) -> CompileOptions:

@@ -45,9 +45,11 @@ from inlay.lowering.guards import (
 from inlay.lowering.loading import Source, load_pooling, load_source
 from inlay.lowering.options import CompileOptions, check_against_model
 from inlay.lowering.partition import partition
+from inlay.lowering.quantization import make_plan, quantized_references
 from inlay.lowering.rope import data_dependent
-from inlay.passes.pass_manager import PassReport, run_passes
-from inlay.passes.weights import make_weight
+from inlay.passes.pass_manager import FUSIONS, PAGING, PassReport, quantization, run_passes
+from inlay.passes.quantize.config import NONE
+from inlay.passes.weights import WeightMaker
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +115,19 @@ def lower(
         )
     with phase("passes"):
         every_pass = check if options.verify == "pass" else None
-        reports = [*captured.reports, *run_passes(captured.graph, check=every_pass)]
+        reports = [*captured.reports, *run_passes(captured.graph, FUSIONS, every_pass)]
+        plan = source.stored
+    if options.quantization != NONE and plan is None:
+        with phase("calibrate"):
+            plan = make_plan(options.quantization, captured, source.tokenizer, progress)
+    if plan is not None:
+        with phase("quantize"):
+            captured.sources = {**captured.sources, **plan.given}
+            reports += run_passes(captured.graph, [quantization(plan)], every_pass)
+            references = quantized_references(captured, references, check)
+            errors["quantization"] = references.rounding
+    with phase("partition"):
+        reports += run_passes(captured.graph, PAGING, every_pass)
         program, segments = partition(captured.graph, dtype)
     settings = BuildSettings(limits, options.optimization_level, progress, origin=name)
     with phase("backend check"):
@@ -166,9 +180,9 @@ def _limits(
 
 def _weights(program: Program, captured: Captured) -> Iterator[tuple[str, torch.Tensor]]:
     """The program's weights in order of use, each made by its recipe when its turn comes."""
-    recipes = captured.graph.meta["recipes"]
+    make = WeightMaker(captured.graph.meta["recipes"], captured.sources.__getitem__)
     for name in program.weight_names:
-        yield name, make_weight(name, recipes, captured.sources.__getitem__)
+        yield name, make(name)
 
 
 def _write_model(directory: Path, source: Source) -> None:
@@ -204,7 +218,7 @@ def _manifest(
             "python": platform.python_version(),
         },
         "limits": asdict(limits),
-        "options": asdict(options),
+        "options": options.to_json(),
         "num_segments": len(program.segment_keys),
         "passes": [asdict(report) for report in reports],
     }
@@ -216,8 +230,8 @@ def json_config(directory: Path) -> dict[str, Any]:
 
 def _rebuild_command(options: CompileOptions, source: str) -> str:
     flags = [
-        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-        for name, value in asdict(options).items()
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
+        for name, value in options.to_json().items()
         if value != getattr(CompileOptions, name)
     ]
     return " ".join(["inlay build", shlex.quote(source), "-o DIR", *flags])

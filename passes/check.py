@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from inlay.passes.graph import last_source_line, placeholder_key
-from inlay.passes.weights import make_weight
+from inlay.passes.weights import WeightMaker
 
 Tensors = Callable[[str], torch.Tensor]
 
@@ -86,10 +86,10 @@ def relative_rms(before: torch.Tensor, after: torch.Tensor, share: float = 1.0) 
 
 
 def _inputs(gm: GraphModule, tensors: Tensors) -> list[torch.Tensor]:
-    recipes: Mapping[str, Any] = gm.meta["recipes"]
+    make: Callable[[str], torch.Tensor] = WeightMaker(gm.meta["recipes"], tensors)
     inputs = []
     for node in gm.graph.find_nodes(op="placeholder"):
-        value = make_weight(placeholder_key(node), recipes, tensors)
+        value = make(placeholder_key(node))
         # Attention writes its caches: each run starts from the given ones.
         inputs.append(value.clone() if "input" in node.meta else value)
     return inputs

@@ -194,14 +194,20 @@ def _other_gates(gm: GraphModule) -> list[str]:
     Not those of one column, which weigh a whole token, nor those of one for each expert: routers.
     """
     feed_forward = modules_named(gm, lambda kind: bool(FEED_FORWARD.search(kind)))
-    routers = [(_owner(module_of(node)), _num_experts(node)) for node in calls(gm, EXPERTS)]
     found = []
     for node in calls(gm, LINEAR):
         name, width = module_of(node), int(fake(node).shape[-1])
-        routes = any(is_within(name, block) and width == number for block, number in routers)
-        if "gate" in name.rpartition(".")[2] and width > 1 and not routes:
+        if "gate" in name.rpartition(".")[2] and width > 1 and not is_router(gm, node):
             found.append(_owner(name))
     return [owner for owner in found if owner not in feed_forward]
+
+
+def is_router(gm: GraphModule, node: Node) -> bool:
+    """Whether a linear layer gives a number for each expert of the block that it belongs to."""
+    name, width = module_of(node), int(fake(node).shape[-1])
+    experts = calls(gm, EXPERTS, torch.ops.inlay.quantized_experts.default)
+    blocks = [(_owner(module_of(one)), _num_experts(one)) for one in experts]
+    return any(is_within(name, block) and width == number for block, number in blocks)
 
 
 def _num_experts(experts: Node) -> int:

@@ -145,6 +145,6 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 # At the end: the experts need what is defined above.
-import inlay.passes.experts_op  # noqa: E402, F401
+import inlay.passes.experts_op  # noqa: E402
 import inlay.passes.quantized_ops  # noqa: E402, F401
 from inlay.passes.attention_op import attention, paged_attention  # noqa: E402, F401

@@ -94,8 +94,9 @@ def int8_linear(
     x_scale float32 and x_zero int32 [..., 1] or [1]; w_scale float32 [1, N]; bias [N]. The sum is
     scaled by x_scale, then w_scale, the bias added, all in float32, and rounded once to dtype.
     """
-    rows = q.double() if x_zero is None else q.double() - x_zero
-    total = rows @ weight.double().t()  # exact: below 2^53
+    total = torch._int_mm(q.reshape(-1, q.shape[-1]), weight.t()).view(*q.shape[:-1], -1)
+    if x_zero is not None:
+        total = total - x_zero * weight.sum(-1, dtype=torch.int32)
     out = (total.float() * x_scale) * w_scale
     return (out if bias is None else out + bias.float()).to(dtype)
 

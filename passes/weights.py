@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from inlay.errors import ModelLoadError
+from inlay.passes.quantize.config import Scheme
+from inlay.passes.quantize.rounding import quantize_weight
+
 Recipe = Mapping[str, Any]
 
 
@@ -34,6 +38,24 @@ def _zeros(tensors: list[torch.Tensor], recipe: Recipe) -> torch.Tensor:
 def _constant(tensors: list[torch.Tensor], recipe: Recipe) -> torch.Tensor:
     """Numbers that a pass read off the graph, of the recipe's dtype."""
     return torch.tensor(recipe["values"], dtype=getattr(torch, recipe["dtype"]))
+
+
+def _maximum(tensors: list[torch.Tensor], recipe: Recipe) -> torch.Tensor:
+    return functools.reduce(torch.maximum, tensors)
+
+
+def _same(tensors: list[torch.Tensor], recipe: Recipe) -> torch.Tensor:
+    """One tensor that several weights have alike; what was fused must agree on it."""
+    first, *rest = tensors
+    if not all(torch.equal(first, other) for other in rest):
+        raise ModelLoadError(f"{', '.join(recipe['inputs'])} must be equal, since they are fused")
+    return first
+
+
+def _smooth(tensors: list[torch.Tensor], recipe: Recipe) -> torch.Tensor:
+    """A weight [N, K] whose columns take over what its input [.., K] is divided by."""
+    weight, factors = tensors
+    return weight.float() * factors
 
 
 def _calls(tensors: list[torch.Tensor], recipe: Recipe) -> torch.Tensor:
@@ -57,6 +79,9 @@ TRANSFORMS: dict[str, Callable[[list[torch.Tensor], Recipe], torch.Tensor]] = {
     "zeros": _zeros,
     "constant": _constant,
     "calls": _calls,
+    "maximum": _maximum,
+    "same": _same,
+    "smooth": _smooth,
 }
 
 
@@ -90,15 +115,43 @@ def _decode_argument(value: Any, values: list[torch.Tensor]) -> Any:
     return decoders[kind](content)
 
 
+class WeightMaker:
+    """Makes weights by their recipes; source gives what has none, the checkpoint's own, and what
+    calibration or a quantized checkpoint gave."""
+
+    def __init__(
+        self, recipes: Mapping[str, Recipe], source: Callable[[str], torch.Tensor]
+    ) -> None:
+        self._recipes, self._source = recipes, source
+        self._rounded: tuple[Any, tuple[torch.Tensor | None, ...]] = (None, ())
+
+    def __call__(self, name: str) -> torch.Tensor:
+        recipe = self._recipes.get(name)
+        if recipe is None or recipe["op"] == "given":
+            return self._source(name)
+        if recipe["op"] == "quantize":
+            return self._round(recipe)
+        inputs = [self(part) for part in recipe["inputs"]]
+        return TRANSFORMS[recipe["op"]](inputs, recipe)
+
+    def _round(self, recipe: Recipe) -> torch.Tensor:
+        """One of the parts of a weight that is rounded to nearest: all are made at once, and those
+        of the last weight are kept, since they are asked for one after the other."""
+        key = {**recipe, "part": None}
+        if self._rounded[0] != key:
+            weight = self(recipe["inputs"][0])
+            weight = weight.mT if recipe["transposed"] else weight
+            self._rounded = key, quantize_weight(weight, Scheme(**recipe["scheme"]))
+        part = self._rounded[1][("values", "scales", "zeros").index(recipe["part"])]
+        assert part is not None, f"{recipe['part']} of a scheme that has none"
+        return part
+
+
 def make_weight(
     name: str, recipes: Mapping[str, Recipe], source: Callable[[str], torch.Tensor]
 ) -> torch.Tensor:
     """The tensor of this name: made by its recipe, or the checkpoint's own where it has none."""
-    recipe = recipes.get(name)
-    if recipe is None:
-        return source(name)
-    inputs = [make_weight(part, recipes, source) for part in recipe["inputs"]]
-    return TRANSFORMS[recipe["op"]](inputs, recipe)
+    return WeightMaker(recipes, source)(name)
 
 
 def leaves(name: str, recipes: Mapping[str, Recipe]) -> list[str]:
