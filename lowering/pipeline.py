@@ -47,7 +47,13 @@ from inlay.lowering.options import CompileOptions, check_against_model
 from inlay.lowering.partition import partition
 from inlay.lowering.quantization import make_plan, quantized_references
 from inlay.lowering.rope import data_dependent
-from inlay.passes.pass_manager import FUSIONS, PAGING, PassReport, quantization, run_passes
+from inlay.passes.pass_manager import (
+    AFTER_QUANTIZATION,
+    BEFORE_QUANTIZATION,
+    PassReport,
+    quantization,
+    run_passes,
+)
 from inlay.passes.quantize.config import NONE
 from inlay.passes.weights import WeightMaker
 
@@ -115,7 +121,7 @@ def lower(
         )
     with phase("passes"):
         every_pass = check if options.verify == "pass" else None
-        reports = [*captured.reports, *run_passes(captured.graph, FUSIONS, every_pass)]
+        reports = [*captured.reports, *run_passes(captured.graph, BEFORE_QUANTIZATION, every_pass)]
         plan = source.stored
     if options.quantization != NONE and plan is None:
         with phase("calibrate"):
@@ -127,7 +133,7 @@ def lower(
             references = quantized_references(captured, references, check)
             errors["quantization"] = references.rounding
     with phase("partition"):
-        reports += run_passes(captured.graph, PAGING, every_pass)
+        reports += run_passes(captured.graph, AFTER_QUANTIZATION, every_pass)
         program, segments = partition(captured.graph, dtype)
     settings = BuildSettings(limits, options.optimization_level, progress, origin=name)
     with phase("backend check"):

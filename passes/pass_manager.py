@@ -97,13 +97,13 @@ PASSES: tuple[Pass, ...] = (
     Pass("fuse_gated_activation", fuse_gated_activation, expect.gates, (ops.gated.default,)),
     Pass("fold_constants", fold_constants),
     Pass("fuse_gemms", fuse_gemms, expect.fusible_gemms, (ops.linear.default,)),
-    Pass("insert_paged_kv", insert_paged_kv, expect.attentions, (ops.paged_attention.default,)),
     Pass("gather_last_logits", gather_last_logits, expect.lm_head, (aten.index_select.default,)),
+    Pass("insert_paged_kv", insert_paged_kv, expect.attentions, (ops.paged_attention.default,)),
 )
 """The order is the documentation: each pass finds what those before it have left. Quantization,
-where it is asked for, comes behind the fusions and before the KV cache."""
+where it is asked for, comes before the KV cache."""
 
-FUSIONS, PAGING = PASSES[:-2], PASSES[-2:]
+BEFORE_QUANTIZATION, AFTER_QUANTIZATION = PASSES[:-1], PASSES[-1:]
 
 
 def quantization(plan: Plan) -> Pass:
