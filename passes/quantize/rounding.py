@@ -13,8 +13,8 @@ UNSIGNED = {"int8": (-128, 127), "int4": (0, 15)}
 """The numbers of weights without and with zero points; int4 is stored with 8 added."""
 
 GROUP_SCALES = torch.bfloat16
-"""Of scales that 32 to 128 weights share: float32 would add up to a quarter to their size. The
-weights are rounded with the scale as it is stored, so that its own rounding costs nothing."""
+"""Of int4's groups, to whose size float32 would add up to a quarter. Weights are rounded with the
+scale as it is stored; int8's 127 steps of a scale that is off by 1/256 would end half a step off."""
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -38,7 +38,7 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Ten
 
 
 def scale_dtype(scheme: Scheme) -> torch.dtype:
-    return GROUP_SCALES if scheme.group_size else torch.float32
+    return GROUP_SCALES if scheme.weight == "int4" and scheme.group_size else torch.float32
 
 
 def pack(numbers: Tensor, scheme: Scheme) -> Tensor:
