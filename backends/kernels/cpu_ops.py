@@ -14,11 +14,22 @@
   up put one after the other where they were interleaved. `experts(x, top_k_index, top_k_weights,
   up, down, ...)` as `inlay::experts`, with handles for up and down, an up_bias that is not
   interleaved, and without the arguments that packing has settled.
+- `pack_int8(weight int8 [N, K])` -> handle; `int8_linear(q, x_scale, x_zero, handle, w_scale, bias,
+  out_features, dtype)` as `inlay::int8_linear`, to the bit: sums are exact.
+- `pack_weight_only(weight)` -> handle, of an int8, uint8 (two 4-bit numbers each) or e4m3 weight;
+  `weight_only_linear(x, handle, scale, zero, bias, out_features)` and, for e4m3, `fp8_linear(q,
+  x_scale, handle, w_scale, bias, out_features, dtype)` as inlay's.
+- `pack_quantized_experts(weight [E, N, K], activations, interleaved)` -> handle;
+  `quantized_experts(x, top_k_index, top_k_weights, up, up_scale, up_zero, down, down_scale,
+  down_zero, activations, ...)` as inlay's, with handles for up and down, and up_scale, up_zero and
+  up_bias not interleaved.
 - `fix_rows(handle, rows)`: from now on every matrix product with this weight, or these experts',
   has so many rows, padded where there are fewer; 0 undoes it. Where a CPU's kernels sum in an order
   that depends on how many rows there are, this makes a row's bits the same in any batch.
-- `packed_nbytes(handle)`, `packed_format(handle)` ("onednn", or "plain" where oneDNN lacks the
-  dtype on this CPU), `get_isa()`, `set_isa("auto" | "avx512" | "avx2" | "portable")`.
+  Quantized products need none of it: they sum each row in one order.
+- `packed_nbytes(handle)`; `packed_format(handle)` ("onednn", or "plain" where oneDNN lacks the
+  dtype on this CPU; "int8", "int8_weight_only", "int4_weight_only", "fp8"); `get_isa()`,
+  `set_isa("auto" | "avx512" | "avx2" | "portable")`.
 """
 
 from __future__ import annotations
@@ -46,7 +57,7 @@ from inlay.errors import BuildError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
-INTERFACE = 4
+INTERFACE = 5
 """Goes up when an op is added, or when an op's schema or the cache layout changes; libraries of
 one number can stand in for each other."""
 
@@ -130,7 +141,7 @@ def _units() -> tuple[_Unit, ...]:
         _Unit("small_matmul.cpp", "small_matmul", ("-mavx512f", "-mavx512bf16") if x86 else ()),
         *(
             _Unit(f"{name}.cpp", f"{name}_{isa}", (*kernel_flags, *flags, f"-DINLAY_ISA={isa}"))
-            for name in ("attention", "experts")
+            for name in ("attention", "experts", "quantized")
             for isa, flags in _ISA_FLAGS.items()
             if x86 or isa == "portable"
         ),
@@ -266,5 +277,51 @@ def _register_fakes() -> None:
         return weight.new_empty(4, dtype=torch.int64)
 
     @torch.library.register_fake("inlay_cpu::pack_linear")
+    @torch.library.register_fake("inlay_cpu::pack_int8")
+    @torch.library.register_fake("inlay_cpu::pack_weight_only")
     def _(weight: Tensor) -> Tensor:
+        return weight.new_empty(4, dtype=torch.int64)
+
+    @torch.library.register_fake("inlay_cpu::int8_linear")
+    def _(
+        q: Tensor,
+        x_scale: Tensor,
+        x_zero: Tensor | None,
+        handle: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return q.new_empty(*q.shape[:-1], out_features, dtype=dtype)
+
+    @torch.library.register_fake("inlay_cpu::fp8_linear")
+    def _(
+        q: Tensor,
+        x_scale: Tensor,
+        handle: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return q.new_empty(*q.shape[:-1], out_features, dtype=dtype)
+
+    @torch.library.register_fake("inlay_cpu::weight_only_linear")
+    def _(
+        x: Tensor,
+        handle: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bias: Tensor | None,
+        out_features: int,
+    ) -> Tensor:
+        return x.new_empty(*x.shape[:-1], out_features)
+
+    @torch.library.register_fake("inlay_cpu::quantized_experts")
+    def _(x: Tensor, *_: object, **__: object) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("inlay_cpu::pack_quantized_experts")
+    def _(weight: Tensor, activations: str, interleaved: bool = False) -> Tensor:
         return weight.new_empty(4, dtype=torch.int64)

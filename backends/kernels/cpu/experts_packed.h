@@ -58,17 +58,6 @@ Tensor pack_experts(const Tensor& weight, bool transposed, bool interleaved) {
   return make_handle(std::move(packed));
 }
 
-// From now on every product with this weight, or with each of these experts', has so many rows.
-void fix_rows(const Tensor& handle, int64_t rows) {
-  TORCH_CHECK(rows >= 0, "inlay_cpu::fix_rows: rows must be at least 0, got ", rows);
-  if (handle.numel() == kHandleLength && handle.scalar_type() == at::kLong &&
-      *handle.const_data_ptr<int64_t>() == kExpertsMagic) {
-    for (const auto& expert : resolve_experts("handle", handle).experts) expert->fixed_rows = rows;
-    return;
-  }
-  const_cast<Packed&>(resolve(handle)).fixed_rows = rows;
-}
-
 // The rows of one expert: `rows` of them, and copies of the first up to `padded`, which nobody
 // reads. oneDNN sets itself up anew for every number of rows, so there are few of those.
 struct Group {

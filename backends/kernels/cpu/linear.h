@@ -26,6 +26,7 @@ namespace inlay {
 namespace {
 
 using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMagic = 0x31304B4341504C49;  // "ILPACK01"
 constexpr int64_t kHandleLength = 4;
@@ -103,7 +104,7 @@ const uint16_t* readable_pairs(const Packed& p, const Tensor& weight) {
   return equal ? packed : nullptr;
 }
 
-Tensor multiply_rows(const Packed& p, const Tensor& x, const std::optional<Tensor>& bias) {
+Tensor multiply_rows(const Packed& p, const Tensor& x, const OptionalTensor& bias) {
   const Tensor rows = x.contiguous();
   auto shape = x.sizes().vec();
   shape.back() = p.out_features;
@@ -153,9 +154,9 @@ Tensor make_handle(std::unique_ptr<P> packed) {
 
 Tensor pack_linear(const Tensor& weight) { return make_handle(make_packed(weight)); }
 
-Tensor multiply_whole(const Packed& p, const Tensor& x, const std::optional<Tensor>& bias) {
+Tensor multiply_whole(const Packed& p, const Tensor& x, const OptionalTensor& bias) {
   if (!p.onednn) return at::linear(x, p.weight, bias);
-  using Pointwise = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&,
+  using Pointwise = Tensor(const Tensor&, const Tensor&, const OptionalTensor&,
                            c10::string_view, c10::List<std::optional<at::Scalar>>,
                            std::optional<c10::string_view>);
   static const auto pointwise = find_op<Pointwise>("mkldnn::_linear_pointwise");
@@ -165,7 +166,7 @@ Tensor multiply_whole(const Packed& p, const Tensor& x, const std::optional<Tens
 
 // Products of one number of rows, the last one's padded: libraries choose a kernel, and with it an
 // order of summation, by that number. What the padding holds is not read.
-Tensor multiply_fixed(const Packed& p, const Tensor& x, const std::optional<Tensor>& bias) {
+Tensor multiply_fixed(const Packed& p, const Tensor& x, const OptionalTensor& bias) {
   auto shape = x.sizes().vec();
   shape.back() = p.out_features;
   Tensor y = at::empty(shape, x.options());
@@ -183,14 +184,14 @@ Tensor multiply_fixed(const Packed& p, const Tensor& x, const std::optional<Tens
   return y;
 }
 
-Tensor multiply(const Packed& p, const Tensor& x, const std::optional<Tensor>& bias) {
+Tensor multiply(const Packed& p, const Tensor& x, const OptionalTensor& bias) {
   if (p.fixed_rows) return multiply_fixed(p, x, bias);
   const int64_t num_rows = x.numel() / p.in_features;
   if (p.pairs && num_rows > 0 && num_rows <= kSmallMatmulRows) return multiply_rows(p, x, bias);
   return multiply_whole(p, x, bias);
 }
 
-Tensor linear(const Tensor& x, const Tensor& handle, const std::optional<Tensor>& bias,
+Tensor linear(const Tensor& x, const Tensor& handle, const OptionalTensor& bias,
               int64_t out_features) {
   const Packed& p = resolve(handle);
   TORCH_CHECK(x.dim() > 0 && x.size(-1) == p.in_features && out_features == p.out_features,
@@ -199,16 +200,6 @@ Tensor linear(const Tensor& x, const Tensor& handle, const std::optional<Tensor>
   TORCH_CHECK(x.scalar_type() == p.weight.scalar_type(), "inlay_cpu::linear: x must have the "
               "weight's dtype ", p.weight.scalar_type(), ", got ", x.scalar_type());
   return multiply(p, x, bias);
-}
-
-int64_t packed_nbytes(const Tensor& handle) {
-  const Packed& p = resolve(handle);
-  static const auto nbytes = find_op<int64_t(const Tensor&)>("mkldnn::_nbytes");
-  return p.onednn ? nbytes.call(p.weight) : static_cast<int64_t>(p.weight.nbytes());
-}
-
-std::string packed_format(const Tensor& handle) {
-  return resolve(handle).onednn ? "onednn" : "plain";
 }
 
 }  // namespace

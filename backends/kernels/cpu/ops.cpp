@@ -1,6 +1,5 @@
 // The ops' schemas. One translation unit: torch's headers take longer to compile than our code.
-#include "experts_ops.h"
-#include "linear.h"
+#include "handles.h"
 #include "paged_attention.h"
 
 #include <torch/library.h>
@@ -37,6 +36,26 @@ TORCH_LIBRARY(inlay_cpu, m) {
       "bool gated=True, float alpha=1.0, float gate_limit=0.0, float up_limit=0.0, "
       "bool limit_activated=False, float up_offset=0.0, float gate_softcap=0.0, "
       "float up_softcap=0.0, float norm_eps=0.0) -> Tensor");
+  m.def("pack_int8(Tensor weight) -> Tensor");
+  m.def(
+      "int8_linear(Tensor q, Tensor x_scale, Tensor? x_zero, Tensor handle, Tensor w_scale, "
+      "Tensor? bias, int out_features, ScalarType dtype) -> Tensor");
+  m.def("pack_weight_only(Tensor weight) -> Tensor");
+  m.def(
+      "weight_only_linear(Tensor x, Tensor handle, Tensor scale, Tensor? zero, Tensor? bias, "
+      "int out_features) -> Tensor");
+  m.def(
+      "fp8_linear(Tensor q, Tensor x_scale, Tensor handle, Tensor w_scale, Tensor? bias, "
+      "int out_features, ScalarType dtype) -> Tensor");
+  m.def(
+      "pack_quantized_experts(Tensor weight, str activations, bool interleaved=False) -> Tensor");
+  m.def(
+      "quantized_experts(Tensor x, Tensor top_k_index, Tensor top_k_weights, Tensor up, "
+      "Tensor up_scale, Tensor? up_zero, Tensor down, Tensor down_scale, Tensor? down_zero, "
+      "str activations, Tensor? up_bias=None, Tensor? down_bias=None, Tensor? norm_weight=None, "
+      "str activation=\"silu\", bool gated=True, float alpha=1.0, float gate_limit=0.0, "
+      "float up_limit=0.0, bool limit_activated=False, float up_offset=0.0, "
+      "float gate_softcap=0.0, float up_softcap=0.0, float norm_eps=0.0) -> Tensor");
   m.def("fix_rows(Tensor(a!) handle, int rows) -> ()");
   m.def("packed_nbytes(Tensor handle) -> int");
   m.def("packed_format(Tensor handle) -> str");
@@ -52,7 +71,14 @@ TORCH_LIBRARY_IMPL(inlay_cpu, CPU, m) {
   m.impl("linear", &inlay::linear);
   m.impl("pack_experts", &inlay::pack_experts);
   m.impl("experts", &inlay::experts);
+  m.impl("pack_int8", &inlay::pack_int8);
+  m.impl("int8_linear", &inlay::int8_linear);
+  m.impl("pack_weight_only", &inlay::pack_weight_only);
+  m.impl("weight_only_linear", &inlay::weight_only_linear);
+  m.impl("fp8_linear", &inlay::fp8_linear);
+  m.impl("pack_quantized_experts", &inlay::pack_quantized_experts);
+  m.impl("quantized_experts", &inlay::quantized_experts);
   m.impl("fix_rows", &inlay::fix_rows);
-  m.impl("packed_nbytes", &inlay::packed_nbytes);
+  m.impl("packed_nbytes", static_cast<int64_t (*)(const at::Tensor&)>(&inlay::packed_nbytes));
   m.impl("packed_format", &inlay::packed_format);
 }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention.h"
-#include "experts.h"
+#include "isa.h"
 #include "kv_write.h"
 
 #include <ATen/Parallel.h>
@@ -11,64 +11,11 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
-#include <atomic>
 #include <string>
 #include <vector>
 
 namespace inlay {
 namespace {
-
-struct Isa {
-  const char* name;
-  const Kernels* kernels;
-  const ExpertsKernels* experts;
-  bool supported;
-};
-
-// Best first.
-const std::vector<Isa>& isas() {
-  static const std::vector<Isa> all = [] {
-    std::vector<Isa> found;
-#ifdef INLAY_X86
-    __builtin_cpu_init();
-    const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
-    const bool widest = wide && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512dq");
-    found.push_back({"avx512", &avx512::kernels, &avx512::experts_kernels, widest});
-    found.push_back({"avx2", &avx2::kernels, &avx2::experts_kernels, wide});
-#endif
-    found.push_back({"portable", &portable::kernels, &portable::experts_kernels, true});
-    return found;
-  }();
-  return all;
-}
-
-const Isa* best_isa() {
-  return &*std::find_if(isas().begin(), isas().end(), [](const Isa& i) { return i.supported; });
-}
-
-std::atomic<const Isa*> current_isa{nullptr};
-
-const Isa* isa() {
-  const Isa* chosen = current_isa.load(std::memory_order_relaxed);
-  return chosen ? chosen : best_isa();
-}
-
-std::string get_isa() { return isa()->name; }
-
-void set_isa(const std::string& name) {
-  std::string allowed = "auto";
-  for (const Isa& candidate : isas()) {
-    if (!candidate.supported) continue;
-    allowed += std::string(", ") + candidate.name;
-    if (name == candidate.name) current_isa = &candidate;
-  }
-  if (name == "auto") current_isa = nullptr;
-  TORCH_CHECK(name == "auto" || name == isa()->name, "inlay_cpu::set_isa: this CPU has ", allowed,
-              "; got '", name, "'");
-}
 
 void check_shape(const char* name, const Tensor& x, at::IntArrayRef shape) {
   bool same = x.dim() == static_cast<int64_t>(shape.size());

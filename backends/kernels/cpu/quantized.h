@@ -1,0 +1,97 @@
+// The contract between quantized_linear.h (torch, packing, threads) and quantized*.cpp (kernels, no
+// torch): products with weights of 8 or 4 bits.
+//
+// A packed weight is blocks of 32 outputs; a block is tiles of 128 bytes, which hold 4 inputs (8
+// where they have 4 bits) of its outputs, in the order that the widest kernels want:
+//   kIntegers      inputs together: [32 outputs][4 inputs]
+//   kInt8, kFloat8 pairs of inputs, as bfloat16 products take them: for each 4 outputs
+//                  [2 pairs][4 outputs][2 inputs], so that widening a half of 16 bytes gives a pair
+//   kInt4          for each half of 16 outputs words of 16 bits, [16 outputs][2 inputs], the word's
+//                  4 numbers being those of 4 pairs of inputs, the first in the lowest bits
+#pragma once
+
+#include "attention.h"
+
+namespace inlay {
+
+// kIntegers: int8 that is multiplied with int8 activations; the others are weight-only, and
+// kFloat8 (e4m3) also serves e4m3 activations.
+enum class Format : int { kIntegers, kInt8, kInt4, kFloat8 };
+
+constexpr int64_t kCodeBlock = 32;
+constexpr int64_t kTileBytes = 128;
+
+static inline int64_t tile_inputs(Format format) { return format == Format::kInt4 ? 8 : 4; }
+
+static inline int64_t block_bytes(Format format, int64_t in_features) {
+  const int64_t tile = tile_inputs(format);
+  return (in_features + tile - 1) / tile * kTileBytes;
+}
+
+// Where a tile has the number of this input and output: a byte, and how far to shift it.
+struct Place {
+  uint8_t byte, shift;
+};
+
+static constexpr Place place(Format format, int input, int output) {
+  if (format == Format::kIntegers) return {static_cast<uint8_t>(output * 4 + input), 0};
+  const int half = output / 16 * 64, column = output % 16, pair = input / 2, side = input % 2;
+  if (format == Format::kInt4) {
+    const int byte = half + (column * 2 + side) * 2 + pair / 2;
+    return {static_cast<uint8_t>(byte), static_cast<uint8_t>(pair % 2 * 4)};
+  }
+  const int byte = half + column / 4 * 16 + pair * 8 + column % 4 * 2 + side;
+  return {static_cast<uint8_t>(byte), 0};
+}
+
+// y = sum over groups g of x_scale[row, g] * scale[g, n] * sum over k in g of x * (w - zero[g, n]),
+// plus bias. kIntegers has one group, exact sums, and x - x_zero for x.
+struct QuantizedProduct {
+  Format format;
+  const uint8_t* codes;
+  const int32_t* column_sums;  // [out_features] of a kIntegers weight
+  int64_t rows, in_features, out_features, group_size;
+  const char* x;  // rows that `prepare` wrote, x_stride bytes from one to the next
+  int64_t x_stride;
+  const float* x_scale;  // or null: 1; strides in elements
+  int64_t x_scale_row, x_scale_group;
+  const int32_t* x_zero;  // or null: 0
+  int64_t x_zero_row;
+  DType scale_dtype, bias_dtype, y_dtype;
+  const void* scale;   // [groups, out_features]
+  const uint8_t* zero; // like scale, int8 for kInt8; or null: 0, and 8 for kInt4
+  const void* bias;    // [out_features] or null
+  char* y;             // [rows, out_features]
+};
+
+struct Rows {
+  DType dtype;
+  const char* from;  // [rows, in_features], contiguous
+  char* to;
+  int64_t in_features, to_stride;
+};
+
+struct QuantizedKernels {
+  // Rows [first, last) to int8 or e4m3 and a scale each, as passes/quantized_ops.py's quantizers.
+  void (*quantize)(DType to, const Rows&, float* scales, int64_t first, int64_t last);
+  // Whether x of this dtype is taken, times groups of this size.
+  bool (*takes)(Format, DType x, int64_t group_size);
+  // Bytes of a row of x as multiply wants it.
+  int64_t (*row_bytes)(Format, int64_t in_features);
+  // Rows [first, last) of x into that form.
+  void (*prepare)(Format, const Rows&, int64_t first, int64_t last);
+  // Outputs of the blocks [first, last) of all rows. A row's result depends on nothing else.
+  void (*multiply)(const QuantizedProduct&, int64_t first, int64_t last);
+};
+
+namespace portable {
+extern const QuantizedKernels quantized_kernels;
+}
+namespace avx2 {
+extern const QuantizedKernels quantized_kernels;
+}
+namespace avx512 {
+extern const QuantizedKernels quantized_kernels;
+}
+
+}  // namespace inlay
