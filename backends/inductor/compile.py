@@ -28,7 +28,16 @@ from inlay.passes.graph import bind, is_call
 from inlay.passes.ops import REFERENCES
 
 LINEAR = torch.ops.inlay.linear.default
+LINEARS = {
+    LINEAR: "linear",
+    torch.ops.inlay.int8_linear.default: "int8",
+    torch.ops.inlay.fp8_linear.default: "weight_only",
+    torch.ops.inlay.weight_only_linear.default: "weight_only",
+}
+"""Linear layers -> how their weights are packed."""
 EXPERTS = torch.ops.inlay.experts.default
+QUANTIZED_EXPERTS = torch.ops.inlay.quantized_experts.default
+PRODUCTS = (*LINEARS, EXPERTS, QUANTIZED_EXPERTS)
 MAX_SIZE = 1 << 20
 """Upper bound of every dynamic size, for all engines alike, so that packages can be shared."""
 
@@ -38,29 +47,37 @@ EXAMPLE_SIZES = (64, 32, 16, 8)
 
 @dataclass(frozen=True)
 class Packing:
-    """What a weight becomes at load; kind: "linear", "experts" or "bias" (interleaved experts')."""
+    """What a weight becomes at load.
+
+    kind: "linear", "int8", "weight_only", "experts" and "quantized_experts" become handles,
+    "halves" has every second column first: what belongs to interleaved experts.
+    """
 
     kind: str
     transposed: bool = False
     interleaved: bool = False
+    activations: str = ""
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        """The handle, or the bias with all of the gate's before all of up's."""
-        if self.kind == "linear":
-            return torch.ops.inlay_cpu.pack_linear(weight)
+        """The handle, or the tensor with all of the gate's columns before all of up's."""
+        ops = torch.ops.inlay_cpu
+        if self.kind == "halves":
+            return torch.cat((weight[..., ::2], weight[..., 1::2]), dim=-1)
         if self.kind == "experts":
-            return torch.ops.inlay_cpu.pack_experts(weight, self.transposed, self.interleaved)
-        return torch.cat((weight[:, ::2], weight[:, 1::2]), dim=1)
+            return ops.pack_experts(weight, self.transposed, self.interleaved)
+        if self.kind == "quantized_experts":
+            return ops.pack_quantized_experts(weight, self.activations, self.interleaved)
+        return getattr(ops, f"pack_{self.kind}")(weight)
 
     def example(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A stand-in for export: what it holds is never read."""
-        if self.kind == "bias":
-            return torch.ones(shape, dtype=dtype)
-        return self(torch.zeros((1,) * len(shape), dtype=dtype))
+        if self.kind == "halves":
+            return torch.ones(shape).to(dtype)
+        return torch.zeros(4, dtype=torch.int64)
 
 
 def packed_weights(gm: GraphModule) -> dict[int, Packing]:
-    """The weights to pack at load, by index: those that only linear layers or experts read."""
+    """The weights to pack at load, by index: those that only products of one kind read."""
     weights = [n for n in gm.graph.find_nodes(op="placeholder") if n.meta["kind"] == "weight"]
     found = {}
     for index, node in enumerate(weights):
@@ -72,19 +89,22 @@ def packed_weights(gm: GraphModule) -> dict[int, Packing]:
 
 def _use(user: Node, weight: Node) -> Packing | None:
     """How this user wants the weight packed; None where it reads it as it is."""
-    if is_call(user, LINEAR):
+    if not is_call(user, *PRODUCTS):
+        return None
+    bound = bind(user)
+    slots = [name for name, value in bound.items() if value is weight]
+    if is_call(user, *LINEARS):
         shape, _ = weight.meta["spec"]
-        only = user.args[1] is weight and user.args[0] is not weight
-        return Packing("linear") if only and len(shape) == 2 else None
-    if is_call(user, EXPERTS):
-        bound = bind(user)
-        slots = [name for name, value in bound.items() if value is weight]
-        if slots == ["up"]:
-            return Packing("experts", bound["transposed"], bound["interleaved"])
-        if slots == ["down"]:
-            return Packing("experts", bound["transposed"])
-        if slots == ["up_bias"] and bound["interleaved"]:
-            return Packing("bias")
+        kind = LINEARS[user.target]
+        return Packing(kind) if slots == ["weight"] and len(shape) == 2 else None
+    interleaved = bound["interleaved"]
+    if slots in (["up"], ["down"]):
+        interleaved = interleaved and slots == ["up"]
+        if is_call(user, EXPERTS):
+            return Packing("experts", bound["transposed"], interleaved)
+        return Packing("quantized_experts", False, interleaved, bound["activations"])
+    if slots in (["up_bias"], ["up_scale"], ["up_zero"]) and interleaved:
+        return Packing("halves")
     return None
 
 
@@ -102,13 +122,9 @@ class _Segment(torch.nn.Module):
         weights = [n for n in gm.graph.find_nodes(op="placeholder") if n.meta["kind"] == "weight"]
         handles = {weights[index]: packing.kind for index, packing in packed.items()}
         for node in gm.graph.nodes:
-            if is_call(node, LINEAR) and handles.get(node.args[1]) == "linear":
-                bound = bind(node)
-                out_features = bound["weight"].meta["spec"][0][0]
-                node.target = torch.ops.inlay_cpu.linear.default
-                node.args = (bound["x"], bound["weight"], bound["bias"], out_features)
-                node.kwargs = {}
-            elif is_call(node, EXPERTS):
+            if is_call(node, *LINEARS) and handles.get(bind(node)["weight"]):
+                _use_handle(node)
+            elif is_call(node, EXPERTS, QUANTIZED_EXPERTS):
                 _use_handles(node, handles)
         self.interpreter = _Traced(gm)
 
@@ -116,21 +132,32 @@ class _Segment(torch.nn.Module):
         return self.interpreter.run(*args)
 
 
+def _use_handle(node: Node) -> None:
+    """Make a linear layer's call one of the C++ op of the same name."""
+    bound = bind(node)
+    weight = bound.pop("weight")
+    out_features = weight.meta["spec"][0][0]
+    node.target = getattr(torch.ops.inlay_cpu, node.target._opname).default
+    node.args, node.kwargs = (), {**bound, "handle": weight, "out_features": out_features}
+
+
 def _use_handles(node: Node, handles: dict[Node, str]) -> None:
     """Make an experts call one of the C++ op, whose layout was settled when it was packed."""
     bound = bind(node)
-    interleaved = bound.pop("interleaved")
-    del bound["transposed"]
-    wanted = {"up": "experts", "down": "experts"}
-    if interleaved and bound["up_bias"] is not None:
-        wanted["up_bias"] = "bias"
-    for name, kind in wanted.items():
-        if handles.get(bound[name]) != kind:
+    quantized = is_call(node, QUANTIZED_EXPERTS)
+    kind = "quantized_experts" if quantized else "experts"
+    wanted = {"up": kind, "down": kind}
+    if bound.pop("interleaved"):
+        beside = [name for name in ("up_bias", "up_scale", "up_zero") if bound.get(name)]
+        wanted |= dict.fromkeys(beside, "halves")
+    bound.pop("transposed", None)
+    for name, one in wanted.items():
+        if handles.get(bound[name]) != one:
             raise BuildError(
                 f"the experts' {name} ({bound[name]}) is not a weight that only experts of one "
                 "layout read, so it cannot be packed; use backend='eager'"
             )
-    node.target = torch.ops.inlay_cpu.experts.default
+    node.target = getattr(torch.ops.inlay_cpu, kind).default
     node.args, node.kwargs = (), bound
 
 
@@ -152,8 +179,8 @@ def example_arguments(gm: GraphModule) -> tuple[tuple[torch.Tensor, ...], tuple[
                 sizes[size] = EXAMPLE_SIZES[len(dims)]
                 dims[size] = torch.export.Dim(size, min=2, max=MAX_SIZE)
         concrete = [sizes.get(size, size) for size in shape]
-        fill = torch.zeros if not dtype.is_floating_point else torch.ones
-        arguments.append(fill(concrete, dtype=dtype))
+        value = 1 if dtype.is_floating_point else 0
+        arguments.append(torch.full(concrete, value).to(dtype))
         dynamic.append({d: dims[size] for d, size in enumerate(shape) if size in dims})
     return tuple(arguments), tuple(dynamic)
 

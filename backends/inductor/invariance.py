@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch.fx import GraphModule, Node
 
-from inlay.backends.inductor.compile import LINEAR, packed_weights
+from inlay.backends.inductor.compile import LINEARS, packed_weights
 from inlay.backends.program import Program
 from inlay.errors import OptionError
-from inlay.passes.graph import is_call
+from inlay.passes.graph import bind, is_call
 
 FIXED_ROWS = 16
 """Rows of each product on CPUs where their number matters. Of a [2048, 8192] bfloat16 weight, two
@@ -32,7 +32,7 @@ PRODUCTS = (
     _aten.einsum.default,
     _aten.linear.default,
     _aten.convolution.default,
-    LINEAR,
+    *LINEARS,
 )
 """What Inductor leaves to libraries that choose the order of a sum by all sizes."""
 
@@ -59,7 +59,7 @@ def make_batch_invariant(
         return
     for step, tensors in zip(program.segment_steps, weights, strict=True):
         for index, packing in packed_weights(graphs[step.segment]).items():
-            if packing.kind != "bias":
+            if packing.kind in ("linear", "experts"):  # narrow weights have one order anyway
                 torch.ops.inlay_cpu.fix_rows(tensors[index], FIXED_ROWS)
 
 
@@ -78,6 +78,6 @@ def _foreign_products(gm: GraphModule) -> Iterator[Node]:
     weights = [n for n in gm.graph.find_nodes(op="placeholder") if n.meta["kind"] == "weight"]
     packed = {weights[index] for index in packed_weights(gm)}
     for node in gm.graph.nodes:
-        is_ours = is_call(node, LINEAR) and node.args[1] in packed
+        is_ours = is_call(node, *LINEARS) and bind(node)["weight"] in packed
         if not is_ours and any(is_call(node, product) for product in PRODUCTS):
             yield node

@@ -203,7 +203,7 @@ def test_a_compiled_segment(tmp_path: Path) -> None:
     assert packed == {
         0: Packing("experts", transposed=True, interleaved=True),
         1: Packing("experts", transposed=True),
-        2: Packing("bias"),
+        2: Packing("halves"),
     }
     compile_segment(graph, tmp_path / "segment.pt2", 0)
     weights = [case.up, case.down, case.up_bias, case.down_bias]
