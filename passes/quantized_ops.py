@@ -205,11 +205,28 @@ def quantized_experts(
         zero = None if down_zero is None else down_zero[expert]
         return product(rows, down[expert], down_scale[expert], zero)
 
-    options = activation, gated, interleaved, alpha, gate_limit, up_limit, limit_activated
-    bounds = up_offset, gate_softcap, up_softcap, norm_eps
-    biases = up_bias, down_bias, norm_weight
-    routed = top_k_index, top_k_weights, up.shape[0]
-    return mixture(x, *routed, up_product, down_product, *biases, *options, *bounds)
+    return mixture(
+        x,
+        top_k_index,
+        top_k_weights,
+        up.shape[0],
+        up_product,
+        down_product,
+        up_bias,
+        down_bias,
+        norm_weight,
+        activation,
+        gated,
+        interleaved,
+        alpha,
+        gate_limit,
+        up_limit,
+        limit_activated,
+        up_offset,
+        gate_softcap,
+        up_softcap,
+        norm_eps,
+    )
 
 
 _op = torch.library.custom_op("inlay::quantized_experts", quantized_experts, mutates_args=())

@@ -107,12 +107,12 @@ class Parts:
             "scheme": asdict(self._scheme),
         }
         wide = fake(self._weight)
-        with wide.fake_mode:  # type: ignore[attr-defined]
+        with wide.fake_mode:
             made = quantize_weight(wide.mT if self._transposed else wide, self._scheme)
         val = made[("values", "scales", "zeros").index(part)]
         assert val is not None, f"{part} of a scheme that has none"
         return add_weight(self._gm, f"{self._prefix}.{part}", recipe, val)
 
     def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
-        with fake(self._weight).fake_mode:  # type: ignore[attr-defined]
+        with fake(self._weight).fake_mode:
             return torch.empty_like(tensor, device="cpu")

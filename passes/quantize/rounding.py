@@ -14,7 +14,7 @@ UNSIGNED = {"int8": (-128, 127), "int4": (0, 15)}
 
 GROUP_SCALES = torch.bfloat16
 """Of int4's groups, to whose size float32 would add up to a quarter. Weights are rounded with the
-scale as it is stored; int8's 127 steps of a scale that is off by 1/256 would end half a step off."""
+scale as it is stored; int8's 127 steps of a scale off by 1/256 would end half a step off."""
 
 
 def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:

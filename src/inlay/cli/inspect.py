@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SKIP = ("backend", "optimization_level", "verify")
+SKIP = ("backend", "optimization_level", "verify", "quantization")
 """Options of a build that mean nothing here: nothing is compiled, and every pass is checked."""
 
 

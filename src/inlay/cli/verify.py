@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-prompts", type=int, default=16, help="random prompts (16)")
     parser.add_argument("--max-tokens", type=int, default=32, help="tokens for each prompt (32)")
     parser.add_argument("--seed", type=int, default=0, help="of random ids and weights (0)")
-    add_dataclass_arguments(parser, CompileOptions, skip=("verify",))
+    add_dataclass_arguments(parser, CompileOptions, skip=("verify", "quantization"))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -64,7 +64,7 @@ def of_model(name: str, options: CompileOptions, progress: Progress) -> Report:
         backend="",
         versions={"inlay": inlay.__version__, **_packages()},
         limits=asdict(limits),
-        options={key: value for key, value in asdict(options).items() if key not in UNUSED},
+        options={key: value for key, value in options.to_json().items() if key not in UNUSED},
         target={},
         errors={},
         phases={},
@@ -73,8 +73,8 @@ def of_model(name: str, options: CompileOptions, progress: Progress) -> Report:
     return _lower(report, captured, hf, progress)
 
 
-UNUSED = ("backend", "optimization_level", "verify")
-"""Options that have no part in a lowering that compiles nothing and checks every pass."""
+UNUSED = ("backend", "optimization_level", "verify", "quantization")
+"""Options that have no part in a lowering that neither compiles nor rounds and checks each pass."""
 
 
 def _lower(report: Report, captured: Captured, hf: Any, progress: Progress) -> Report:

@@ -18,6 +18,7 @@ from inlay.backends.program import AttentionStep, Program
 from inlay.passes.graph import is_call
 from inlay.report.fake_run import EXPERTS, Graphs, SegmentRun, run_program, spec, weights_of
 
+TABLES = (torch.ops.aten.embedding.default, torch.ops.inlay.quantized_embedding.default)
 DECODE_CONTEXT = 1024
 PREFILL_TOKENS = 512
 
@@ -128,16 +129,16 @@ def bytes_read(node: Node, num_tokens: int, experts_per_token: int) -> int:
     users = list(node.users)
     num_rows = spec(node)[0][0] if spec(node)[0] else 1
     share = 1.0
-    if users and all(is_call(user, torch.ops.aten.embedding.default) for user in users):
+    if users and all(is_call(user, *TABLES) for user in users):
         share = min(num_rows, num_tokens) / num_rows
-    elif users and all(is_call(user, EXPERTS) for user in users):
+    elif users and all(is_call(user, *EXPERTS) for user in users):
         share = 1 - (1 - experts_per_token / num_rows) ** num_tokens
     return round(weight_bytes(node) * share)
 
 
 def _experts_per_token(run: SegmentRun) -> int:
     """K of a segment's experts, 0 where it has none."""
-    calls = [node for node in run.values if is_call(node, EXPERTS)]
+    calls = [node for node in run.values if is_call(node, *EXPERTS)]
     return max((int(run.values[node.args[1]].shape[-1]) for node in calls), default=0)
 
 

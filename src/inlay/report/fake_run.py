@@ -22,9 +22,16 @@ Graphs = Mapping[str, GraphModule]
 Size: TypeAlias = "int | torch.SymInt"
 
 
-EXPERTS = torch.ops.inlay.experts.default
+EXPERTS = (torch.ops.inlay.experts.default, torch.ops.inlay.quantized_experts.default)
 """Tokens [T, H], chosen experts [T, K], their weights, the experts' matrices [E, ...] in and out,
 then options."""
+
+NARROW = (
+    torch.ops.inlay.int8_linear.default,
+    torch.ops.inlay.fp8_linear.default,
+    torch.ops.inlay.weight_only_linear.default,
+)
+"""Products whose references the counter cannot see through."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +46,23 @@ class SegmentRun:
 class _Recorder(Interpreter):
     """Inlay's ops run as their references, whose products the counter can see.
 
-    Experts are counted here: which of them a token meets is not known without numbers.
+    Experts are counted here: which of them a token meets is not known without numbers. So are
+    products with narrow weights.
     """
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
         self.values: dict[Node, Any] = {}
-        self.experts_flops = 0
+        self.counted = 0
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is EXPERTS:
-            self.experts_flops += _experts_flops(*args[1:5])
-            return target(*args, **kwargs)
+        if target in EXPERTS or target in NARROW:
+            result = target(*args, **kwargs)
+            names = [argument.name for argument in target._schema.arguments]
+            bound = {**dict(zip(names, args, strict=False)), **kwargs}
+            is_narrow = target in NARROW
+            self.counted += _narrow_flops(bound, result) if is_narrow else _experts_flops(bound)
+            return result
         return REFERENCES.get(target, target)(*args, **kwargs)
 
     def run_node(self, n: Node) -> Any:
@@ -93,17 +105,25 @@ def _run_segment(gm: GraphModule, inputs: list[torch.Tensor]) -> SegmentRun:
     recorder = _Recorder(gm)
     with FlopCounterMode(display=False) as counter:
         outputs = recorder.run(*weights, *inputs)
-    flops = counter.get_total_flops() + recorder.experts_flops
+    flops = counter.get_total_flops() + recorder.counted
     return SegmentRun(recorder.values, tuple(outputs), flops)
 
 
-def _experts_flops(
-    chosen: torch.Tensor, weights: torch.Tensor, up: torch.Tensor, down: torch.Tensor
-) -> int:
+def _experts_flops(bound: Mapping[str, Any]) -> int:
     """2 operations for each weight of each expert that a token meets."""
+    chosen, up, down = (bound[name] for name in ("top_k_index", "up", "down"))
     if any(isinstance(size, torch.SymInt) for size in chosen.shape):
         return 0  # a run for shapes alone
-    return 2 * chosen.numel() * (up[0].numel() + down[0].numel())
+    bits = 2 if up.dtype == torch.uint8 else 1
+    return 2 * bits * chosen.numel() * (up[0].numel() + down[0].numel())
+
+
+def _narrow_flops(bound: Mapping[str, Any], result: torch.Tensor) -> int:
+    """2 operations for each weight and token."""
+    x = bound["x"] if "x" in bound else bound["q"]
+    if any(isinstance(size, torch.SymInt) for size in x.shape):
+        return 0  # a run for shapes alone
+    return 2 * x.numel() * int(result.shape[-1])
 
 
 def weights_of(gm: GraphModule) -> list[Node]:

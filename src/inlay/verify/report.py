@@ -19,6 +19,7 @@ from inlay.lowering.guards import (
 )
 from inlay.lowering.loading import Source
 from inlay.lowering.options import CompileOptions, check_against_model
+from inlay.passes.quantize.config import NONE
 from inlay.verify.bisect import Finding, bisect
 from inlay.verify.layers import LayerError, layer_errors
 from inlay.verify.measure import Measured, measure
@@ -91,6 +92,7 @@ def verify_model(
     Raises what `compile_model` raises but VerificationError, which is a verdict; OptionError and
     RequestError for prompts that do not fit.
     """
+    _refuse_quantized(source, options, engine)
     model = source.model
     dtype = str(model.dtype).removeprefix("torch.")
     max_seq_len = check_against_model(options, max_positions(model))
@@ -143,6 +145,17 @@ def verify_model(
         faults=faults,
         finding=finding,
         notes=notes,
+    )
+
+
+def _refuse_quantized(source: Source, options: CompileOptions, engine: Engine | None) -> None:
+    built = NONE if engine is None else engine.manifest["options"].get("quantization", NONE)
+    if options.quantization == NONE and built == NONE and source.stored is None:
+        return
+    raise OptionError(
+        f"model {source.name} is quantized, and verify compares token by token for equality, which "
+        "rounding ends by intent: its build has compared the engine with the quantized graph; how "
+        "much rounding costs is measured by `inlay eval`"
     )
 
 
