@@ -47,6 +47,7 @@ from inlay.lowering.options import CompileOptions, check_against_model
 from inlay.lowering.partition import partition
 from inlay.lowering.quantization import make_plan, quantized_references
 from inlay.lowering.rope import data_dependent
+from inlay.passes.graph import copy_graph
 from inlay.passes.pass_manager import (
     AFTER_QUANTIZATION,
     BEFORE_QUANTIZATION,
@@ -129,8 +130,10 @@ def lower(
     if plan is not None:
         with phase("quantize"):
             captured.sources = {**captured.sources, **plan.given}
+            before = copy_graph(captured.graph)
             reports += run_passes(captured.graph, [quantization(plan)], every_pass)
-            references = quantized_references(captured, references, check)
+            references = quantized_references(before, captured.graph, references, check)
+            del before
             errors["quantization"] = references.rounding
     with phase("partition"):
         reports += run_passes(captured.graph, AFTER_QUANTIZATION, every_pass)

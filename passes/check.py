@@ -34,8 +34,7 @@ class Check:
     def run(self, gm: GraphModule) -> torch.Tensor:
         """The graph's first output, [1, T or R, vocab]."""
         with torch.no_grad():
-            output = Interpreter(gm).run(*self.inputs(gm))
-        return output[0] if isinstance(output, list | tuple) else output
+            return first_output(Interpreter(gm).run(*self.inputs(gm)))
 
     def inputs(self, gm: GraphModule) -> list[torch.Tensor]:
         """A tensor for each placeholder; step inputs are copies."""
@@ -66,6 +65,11 @@ class Check:
             if after.shape[1] == indices.shape[0]:
                 return before.index_select(1, indices), after
         return before, after
+
+
+def first_output(output: Any) -> torch.Tensor:
+    """What a graph gives, or the first of what it gives."""
+    return output[0] if isinstance(output, list | tuple) else output
 
 
 def relative_rms(before: torch.Tensor, after: torch.Tensor, share: float = 1.0) -> float:

@@ -46,7 +46,8 @@ def quantize(gm: GraphModule, plan: Plan) -> int:
 
     Experts become quantized_experts, an embedding quantized_embedding. Where calibration smoothed
     a layer, x is divided by W.smooth first: the norm before it or the quantizer takes that in.
-    Routers and layers that the configuration ignores stay as they are. Returns the number of calls.
+    Routers and layers that the configuration ignores stay as they are. The new node's
+    meta["quantized"] is (the old one's name, scheme). Returns the number of calls.
     """
     count = 0
     for node, scheme in targets(gm, plan):
@@ -54,7 +55,9 @@ def quantize(gm: GraphModule, plan: Plan) -> int:
             refuse(gm, node, reason)
             continue
         rewrite = {LINEAR: _linear, EXPERTS: _experts, EMBEDDING: _embedding}[node.target]
-        rewrite(gm, node, scheme, plan)
+        new = rewrite(gm, node, scheme, plan)
+        new.meta["quantized"] = node.name, scheme
+        replace(node, new)
         count += 1
     return count
 
@@ -120,7 +123,7 @@ def _refusal(node: Node, scheme: Scheme) -> str:
     return ""
 
 
-def _linear(gm: GraphModule, node: Node, scheme: Scheme, plan: Plan) -> None:
+def _linear(gm: GraphModule, node: Node, scheme: Scheme, plan: Plan) -> Node:
     bound = bind(node)
     x, dtype = bound["x"], fake(node).dtype
     parts = Parts(gm, bound["weight"], scheme, plan)
@@ -133,13 +136,12 @@ def _linear(gm: GraphModule, node: Node, scheme: Scheme, plan: Plan) -> None:
         if fake(x).dtype != dtype:
             x = insert_call(gm.graph, node, aten.to.dtype, x, dtype)
         arguments = x, *weight, parts.zeros, bound["bias"]
-        replace(node, insert_call(gm.graph, node, ops.weight_only_linear.default, *arguments))
-        return
+        return insert_call(gm.graph, node, ops.weight_only_linear.default, *arguments)
     q, *scales = _quantize_input(gm, node, x, scheme, parts)
     target = ops.fp8_linear.default
     if scheme.activation == "int8":
         target, scales = ops.int8_linear.default, [*scales, None][:2]
-    replace(node, insert_call(gm.graph, node, target, q, *scales, *weight, bound["bias"], dtype))
+    return insert_call(gm.graph, node, target, q, *scales, *weight, bound["bias"], dtype)
 
 
 def _quantize_input(
@@ -161,7 +163,7 @@ def _quantize_input(
     return tuple(insert_call(gm.graph, node, operator.getitem, call, i) for i in range(count))
 
 
-def _experts(gm: GraphModule, node: Node, scheme: Scheme, plan: Plan) -> None:
+def _experts(gm: GraphModule, node: Node, scheme: Scheme, plan: Plan) -> Node:
     """Rows are quantized inside, by a scale each, also where the layers' scales are static."""
     bound = bind(node)
     transposed = bound.pop("transposed")
@@ -170,14 +172,14 @@ def _experts(gm: GraphModule, node: Node, scheme: Scheme, plan: Plan) -> None:
         parts = Parts(gm, bound.pop(name), scheme, plan, transposed)
         arguments += [parts.values, parts.scales, parts.zeros]
     target = ops.quantized_experts.default
-    replace(node, insert_call(gm.graph, node, target, *arguments, scheme.activation, **bound))
+    return insert_call(gm.graph, node, target, *arguments, scheme.activation, **bound)
 
 
-def _embedding(gm: GraphModule, node: Node, scheme: Scheme, plan: Plan) -> None:
+def _embedding(gm: GraphModule, node: Node, scheme: Scheme, plan: Plan) -> Node:
     table, ids = node.args[:2]
     parts = Parts(gm, table, scheme, plan, suffix=".rows")
     arguments = ids, parts.values, parts.scales, fake(node).dtype
-    replace(node, insert_call(gm.graph, node, ops.quantized_embedding.default, *arguments))
+    return insert_call(gm.graph, node, ops.quantized_embedding.default, *arguments)
 
 
 def expected(gm: GraphModule, plan: Plan) -> list[str]:
