@@ -30,8 +30,8 @@ ROUGH_LIMIT = 0.35
 ROUNDED_INPUTS = 0.25
 """Relative error of a layer's output that rounding may cause in the median token, by its weight;
 of int4 without groups; and where its inputs are rounded too, which may have outliers. Usual are
-0.007, 0.08 and 0.03; 0.11; 0.02. A lost zero point, numbers or scales in a wrong order or of another
-layer are beyond. Experts are two products, and may have twice as much."""
+0.007, 0.08 and 0.03; 0.11; 0.02. A lost zero point, numbers or scales in a wrong order or of a
+wrong layer are beyond. Experts are two products, and may have twice as much."""
 
 
 def make_plan(
