@@ -25,6 +25,7 @@ MAX_PROMPTS, MAX_TOKENS = 1_000_000, 100_000_000
 """Of a workload made at random, which lies in memory."""
 
 DEFAULT_PROMPTS = 32
+MAX_LENGTH = 10**9
 FORMS = "N, LOW-HIGH (uniform), normal:MEAN,STD or lognormal:MEAN,STD"
 PROMPTS = {
     "prompt": "prompt",
@@ -68,24 +69,24 @@ class Lengths:
 
     def around(self, ratio: float) -> Lengths:
         """Uniform within length * (1 -+ ratio), as vLLM's --random-range-ratio."""
-        low = max(math.floor(self.first * (1 - ratio)), 1)
-        return Lengths("uniform", low, math.ceil(self.first * (1 + ratio)))
+        low, high = (round(self.first * factor, 6) for factor in (1 - ratio, 1 + ratio))
+        return Lengths("uniform", max(math.floor(low), 1), math.ceil(high))
 
 
 def parse_lengths(flag: str, text: str) -> Lengths:
     """See FORMS. Raises OptionError."""
     if match := re.fullmatch(r"(\d+)(?:-(\d+))?", text):
         low, high = int(match[1]), int(match[2] or match[1])
-        if 1 <= low <= high:
+        if 1 <= low <= high <= MAX_LENGTH:
             return Lengths("uniform", low, high) if match[2] else Lengths("fixed", low)
     if match := re.fullmatch(r"(normal|lognormal):([\d.]+),([\d.]+)", text):
         try:
             mean, spread = float(match[2]), float(match[3])
         except ValueError:
             mean = spread = 0.0
-        if mean >= 1 and spread >= 0:
+        if 1 <= mean <= MAX_LENGTH and 0 <= spread <= MAX_LENGTH:
             return Lengths(match[1], mean, spread)
-    raise OptionError(f"{flag} must be {FORMS}, of at least 1 token; got {text!r}")
+    raise OptionError(f"{flag} must be {FORMS}, of 1 to {MAX_LENGTH} tokens; got {text!r}")
 
 
 def add_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

@@ -19,6 +19,7 @@ from inlay.errors import OptionError
 from inlay.llm import LLM
 from inlay.lowering.options import DTYPES, CompileOptions
 from inlay.model_source import BUILD_SIZES
+from inlay.passes.kv_formats import parse_kv_cache_dtype
 from inlay.runtime.config import ExecutorConfig
 
 COMPILE = tuple(field.name for field in fields(CompileOptions))
@@ -109,6 +110,7 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
             raise OptionError(f"--{name} must be at least 1, got {value}")
     model, options = arguments.model, given_options(arguments)
     ExecutorConfig(**{n: v for n, v in options.items() if n in EXECUTE})  # checked at once
+    parse_kv_cache_dtype(options.get("kv_cache_dtype", "auto"))
     compile_options = {n: v for n, v in options.items() if n in COMPILE}
     if arguments.layers is not None and model not in SHAPES:
         raise OptionError(f"--layers is for a shape ({', '.join(SHAPES)}); {model} is none")

@@ -7,7 +7,6 @@ none of its costs are in the figures. Tokenizing is done before; detokenizing is
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from inlay.bench import datasets, session
 from inlay.bench.driver import Watch, arrival_times, check_rate, run_streams
@@ -48,10 +47,4 @@ def run(arguments: argparse.Namespace) -> int:
         prepared.begin_run()
         facts = session.facts_of(prepared, "serve-load", runs, watches)
     facts |= {"roofline": shares_of(prepared, runs, watches), "api": "in process, no HTTP"}
-    return session.finish(arguments, _finite(facts))
-
-
-def _finite(facts: dict[str, Any]) -> dict[str, Any]:
-    """An infinite rate as text: JSON has no such number."""
-    facts["arguments"]["request_rate"] = str(facts["arguments"]["request_rate"])
-    return facts
+    return session.finish(arguments, facts)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,7 +120,7 @@ def facts_of(
     arguments, opened = session.arguments, session.opened
     assert opened is not None
     manifest = opened.engine.manifest
-    given = vars(arguments)
+    given = vars(arguments) | {"dataset": Path(arguments.dataset).name}
     skip = {"command", "bench", "verbose", "json", "output", "model", "tokenizer", *model.COMPILE}
     skip |= set(model.EXECUTE)
     return {
@@ -132,7 +134,7 @@ def facts_of(
         "kv_cache_dtype": opened.kv_cache_dtype,
         "threads": model.num_threads(arguments),
         "build_s": opened.build_s,
-        "options": session.subject.options,
+        "options": {n: v for n, v in session.subject.options.items() if n != "iteration_log"},
         "arguments": {n: v for n, v in given.items() if n not in skip and _is_plain(v)},
         **metrics.summarize(runs, session.goodput),
         **_watched(watches),
@@ -229,9 +231,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to six digits: what is beyond was not measured."""
+    """Floats to six digits, since what is beyond was not measured; infinity, which JSON lacks, as
+    text."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
         return {key: _rounded(one) for key, one in value.items()}
     return [_rounded(one) for one in value] if isinstance(value, list) else value

@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
 def table(facts: dict[str, Any]) -> list[str]:
     lines = [f"startup: {facts['model']}, {facts['threads']} threads on {facts['cpu']}"]
     for name in ("cold_build", "warm_build"):
-        if row := facts.get(name):
+        if row := facts[name]:
             peak = "" if row["peak_pss_mb"] is None else f", peak {row['peak_pss_mb']} MB"
             compiled = (
                 f", {row['num_compiled']} compiles" if row["num_compiled"] is not None else ""
@@ -197,8 +197,8 @@ def run_watched(command: list[str], environment: dict[str, str]) -> tuple[float,
         peak = watcher.stop()
     if process.returncode:
         raise BuildError(
-            f"{' '.join(command[1:4])[:80]} failed with status {process.returncode}; its last words "
-            "are on stderr"
+            f"{' '.join(command[1:4])[:80]} failed with status {process.returncode}; what it said "
+            "is on stderr"
         )
     return time.perf_counter() - begin, peak, output
 
