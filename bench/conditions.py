@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from functools import cache
@@ -61,6 +62,11 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed else "")
+
+
+def without_directories(value: Any) -> Any:
+    """Results name files (calibration texts, logs), not where this machine keeps them."""
+    return re.sub(r"[^=,]*/", "", value) if isinstance(value, str) else value
 
 
 def check_output(path: str | None) -> None:

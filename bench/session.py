@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser, repeats: int, warmups: int) -
     add = group.add_argument
     add("--repeats", "--num-iters", type=int, default=repeats, metavar="N",
         help=f"measured runs ({repeats}); the prefix cache is emptied before each")  # fmt: skip
-    add("--num-warmups", "--num-iters-warmup", type=int, default=warmups, metavar="N",
+    add("--num-warmups", "--num-iters-warmup", "--warmup", type=int, default=warmups, metavar="N",
         help=f"what is run before, unmeasured ({warmups})")  # fmt: skip
     add("--goodput", nargs="+", default=[], metavar="NAME:MS",
         help="count requests within limits: ttft:200 tpot:50 e2el:5000")  # fmt: skip
@@ -97,8 +97,7 @@ def prepare(arguments: argparse.Namespace, workload: datasets.Workload) -> Sessi
 @contextmanager
 def running(session: Session) -> Iterator[Session]:
     """Build, load and start the engine; at the end, or when interrupted, nothing of it is left."""
-    if not session.arguments.in_process:
-        torch.set_num_threads(model.num_threads(session.arguments))  # of the probes
+    torch.set_num_threads(model.num_threads(session.arguments))  # of the probes
     session.opened = model.open_model(session.subject, session.arguments)
     with session.opened.llm:
         yield session
@@ -120,6 +119,7 @@ def facts_of(
     arguments, opened = session.arguments, session.opened
     assert opened is not None
     manifest = opened.engine.manifest
+    options, named = session.subject.options, conditions.without_directories
     given = vars(arguments) | {"dataset": Path(arguments.dataset).name}
     skip = {"command", "bench", "verbose", "json", "output", "model", "tokenizer", *model.COMPILE}
     skip |= set(model.EXECUTE)
@@ -130,11 +130,13 @@ def facts_of(
         "layers": len(opened.engine.artifact.program.attention_steps),
         "dtype": manifest["dtype"],
         "backend": opened.engine.backend,
-        "quantization": manifest["options"].get("quantization"),
+        "quantization": conditions.without_directories(
+            manifest["options"].get("quantization", "none")
+        ),
         "kv_cache_dtype": opened.kv_cache_dtype,
         "threads": model.num_threads(arguments),
         "build_s": opened.build_s,
-        "options": {n: v for n, v in session.subject.options.items() if n != "iteration_log"},
+        "options": {name: named(value) for name, value in options.items()},
         "arguments": {n: v for n, v in given.items() if n not in skip and _is_plain(v)},
         **metrics.summarize(runs, session.goodput),
         **_watched(watches),

@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         "model": subject.label,
         "layers": arguments.layers,
         "twin_layers": arguments.twin_layers,
-        "options": subject.options,
+        "options": {n: conditions.without_directories(v) for n, v in subject.options.items()},
         "threads": model.num_threads(arguments),
         "repeats": arguments.repeats,
         "input_len": arguments.input_len,

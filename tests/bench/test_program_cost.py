@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from inlay import CompileOptions, Engine
 from inlay.backends.graph_json import graph_from_json
@@ -23,14 +25,14 @@ from inlay.report.cost import Workload, step_cost
 from tests.toys import build_toy
 
 CONTEXT = 20
+EAGER = CompileOptions(backend="eager", dtype="float32", verify="capture")
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "gemma2", "gpt2"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """Experts; windows and soft-caps; biases and other norms."""
-    options = CompileOptions(backend="eager", dtype="float32", verify="capture")
     target = tmp_path_factory.mktemp("cost") / "engine"
-    return build(build_toy(request.param), target, options)
+    return build(build_toy(request.param, layers=1), target, EAGER)
 
 
 def test_costs_are_those_of_the_report(engine: Engine) -> None:
@@ -64,6 +66,26 @@ def test_the_cache_counts_as_it_is_stored(engine: Engine) -> None:
     assert ProgramCost(engine, "int8").kv_bytes(CONTEXT) == plain / 4 + scales
     weights = ProgramCost(engine).weight_bytes()
     assert decode_bytes(engine, CONTEXT) == round(weights + plain)
+
+
+@pytest.mark.parametrize("quantization", ["w8a8", "w4a16,group_size=32,embeddings=int8"])
+def test_a_quantized_engine_reads_what_it_has_stored(quantization: str, tmp_path: Path) -> None:
+    model = build_toy("llama", layers=1, tie_word_embeddings=False, intermediate_size=128)
+    options = CompileOptions(backend="eager", quantization=quantization, verify="capture")
+    engine = build(model, tmp_path / "engine", options)
+    stored = sum(
+        tensor.nbytes
+        for file in (engine.path / "weights").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+        if "embed" not in name
+    )
+    cost = ProgramCost(engine)
+    assert cost.weight_bytes() == stored
+    kinds = {product.dtype for product in cost.products if not product.per_logit}
+    assert kinds == {"int8" if quantization == "w8a8" else "float32"}
+    matrices = {n: p.numel() for n, p in model.named_parameters() if p.dim() == 2}
+    head, _ = matrices.pop("lm_head.weight"), matrices.pop("model.embed_tokens.weight")
+    assert cost.product_flops(5, 3) == 2 * (5 * sum(matrices.values()) + 3 * head)
 
 
 class QuantizedEngine:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -252,6 +254,34 @@ def test_a_watched_command(tmp_path: Path) -> None:
     assert 50 << 20 < peak < 200 << 20
     with pytest.raises(BuildError, match="failed with status 3"):
         startup.run_watched([sys.executable, "-c", "raise SystemExit(3)"], environment)
+
+
+def test_an_interrupted_command_leaves_nothing(tmp_path: Path) -> None:
+    """Nor what it has started itself."""
+    file = tmp_path / "pid"
+
+    def interrupt() -> None:
+        while not (file.exists() and file.read_text().endswith("\n")):
+            time.sleep(0.01)
+        _thread.interrupt_main()
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    with pytest.raises(KeyboardInterrupt):
+        startup.run_watched(["sh", "-c", f"sleep 60 & echo $! > {file}; wait"], dict(os.environ))
+    watcher.join()
+    pid, end = int(file.read_text()), time.monotonic() + 10
+    while _is_alive(pid):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def _is_alive(pid: int) -> bool:
+    """A container may have nobody who takes an orphan's exit status: a zombie is dead."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_an_interrupt_leaves_no_process(artifact: str, tmp_path: Path) -> None:
