@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _thread
+import signal
 import threading
 
 import numpy as np
@@ -102,7 +102,8 @@ def test_requests_that_fail_are_told_of() -> None:
 def test_an_interrupt_leaves_nothing_under_way() -> None:
     with FakeLLM(tokenizer=None) as llm:
         slow_down(llm)  # 30 steps take 0.15 s at least
-        timer = threading.Timer(0.05, _thread.interrupt_main)  # as Ctrl-C does
+        main = threading.get_ident()
+        timer = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))  # Ctrl-C
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             run_streams(llm, [Request([5, 6], 30)] * 3, GREEDY, [0.0] * 3)
