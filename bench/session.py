@@ -22,6 +22,10 @@ from inlay.llm import LLM
 from inlay.runtime.sampling_params import SamplingParams
 
 LATENCIES = ("ttft", "tpot", "itl", "e2e")
+SHAPES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+          "num_experts", "vocab_size")  # fmt: skip
+"""Fields of a model's config that results repeat, where it has them."""
+
 PRODUCT_ROWS = 512
 """Rows of the products whose rate bounds a prefill, at most: more are no faster."""
 
@@ -118,7 +122,7 @@ def facts_of(
     """Everything of a result but the roofline: conditions, rates, latencies, the cache."""
     arguments, opened = session.arguments, session.opened
     assert opened is not None
-    manifest = opened.engine.manifest
+    manifest, config = opened.engine.manifest, opened.engine.model_config
     options, named = session.subject.options, conditions.without_directories
     given = vars(arguments) | {"dataset": Path(arguments.dataset).name}
     skip = {"command", "bench", "verbose", "json", "output", "model", "tokenizer", *model.COMPILE}
@@ -128,6 +132,7 @@ def facts_of(
         "model": session.subject.label,
         "architecture": manifest["architecture"],
         "layers": len(opened.engine.artifact.program.attention_steps),
+        "shapes": {n: config[n] for n in SHAPES if n in config},
         "dtype": manifest["dtype"],
         "backend": opened.engine.backend,
         "quantization": conditions.without_directories(
@@ -178,6 +183,8 @@ def table(facts: Mapping[str, Any]) -> list[str]:
         f"input {facts['input_tokens_per_s']:.1f}, output {facts['output_tokens_per_s']:.1f}, "
         f"total {facts['total_tokens_per_s']:.1f}",
     ]
+    if "api" in facts:
+        lines.append(f"  API          {facts['api']}")
     if "goodput_per_s" in facts:
         lines.append(f"  goodput      {facts['goodput_per_s']:.2f} requests/s")
     lines.append("  ms                mean       p50       p90       p99")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ CONTEXT = 20
 EAGER = CompileOptions(backend="eager", dtype="float32", verify="capture")
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "gemma2", "gpt2"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "gemma2", "gpt2", "qwen3_moe w8a8"])
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """Experts; windows and soft-caps; biases and other norms."""
+    """Experts; windows and soft-caps; biases and other norms; quantized experts."""
+    name, _, quantization = request.param.partition(" ")
     target = tmp_path_factory.mktemp("cost") / "engine"
-    return build(build_toy(request.param, layers=1), target, EAGER)
+    options = replace(EAGER, quantization=quantization or "none")
+    return build(build_toy(name, layers=1), target, options)
 
 
 def test_costs_are_those_of_the_report(engine: Engine) -> None:
