@@ -14,7 +14,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -240,23 +240,29 @@ BENCHES = {
 }
 
 
+def run(names: Sequence[str], threads: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """Each measurement of the named benches as it is done, with its conditions."""
+    torch.set_num_threads(threads)
+    load_ops()
+    conditions = {
+        "isa": torch.ops.inlay_cpu.get_isa(),
+        "threads": threads,
+        "torch": torch.__version__,
+    }
+    with torch.inference_mode():
+        for name in names:
+            for facts in BENCHES[name](repeats):
+                yield {**facts, **conditions}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("benches", nargs="*", choices=[*BENCHES, []], metavar="bench")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    load_ops()
-    conditions = {
-        "isa": torch.ops.inlay_cpu.get_isa(),
-        "threads": arguments.threads,
-        "torch": torch.__version__,
-    }
-    with torch.inference_mode():
-        for name in arguments.benches or BENCHES:
-            for facts in BENCHES[name](arguments.repeats):
-                print(json.dumps({**facts, **conditions}), flush=True)
+    for facts in run(arguments.benches or list(BENCHES), arguments.threads, arguments.repeats):
+        print(json.dumps(facts), flush=True)
 
 
 if __name__ == "__main__":

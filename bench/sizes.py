@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from inlay.bench.build_cost import cold_build, run_watched
 from inlay.bench.shapes import SHAPES, save_shape
+from inlay.bench.startup import cold_build, run_watched
 
 DEFAULT = ("qwen3-0.6b", "llama-3.2-1b", "gemma-2-2b", "moe-0.7b")
 
@@ -63,7 +63,7 @@ def measure(shape: str) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "build": built,
         "errors": manifest["errors"],
-        "run": {**json.loads(output.splitlines()[-1]), "peak_pss_mb": round(peak / 1e6)},
+        "run": {**json.loads(output.splitlines()[-1]), "peak_pss_mb": peak and round(peak / 1e6)},
     }
 
 

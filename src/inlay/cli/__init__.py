@@ -16,6 +16,7 @@ COMMANDS = {
     "build": "compile a model into an artifact",
     "run": "generate text from an artifact or a model",
     "verify": "compare a compiled model with Hugging Face, and find where they part",
+    "bench": "measure throughput, latency, kernels and start-up, or compare with other engines",
     "inspect": "show how a model was lowered and what it costs to run",
     "cache": "list or remove what is kept between builds",
 }

@@ -21,7 +21,9 @@ def add_dataclass_arguments(parser: Flags, cls: type, skip: Any = ()) -> None:
         flag = f"--{field.name.replace('_', '-')}"
         text = texts.get(field.name, "").replace("%", "%%")
         if kind is bool:
-            parser.add_argument(flag, action="store_true", default=default, help=text)
+            # What is on already, or chosen by itself, needs a way to be turned off.
+            switch = "store_true" if default is False else argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=switch, default=default, help=text)
         else:
             shown = "" if default is None else f" (default: {default})"
             parser.add_argument(
