@@ -34,14 +34,14 @@ def paired_increase(differences: Sequence[float], sizes: Sequence[int]) -> Inter
     d, n = np.asarray(differences, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     mean, count = d.sum() / n.sum(), len(d)
     if count < 2:
-        return Interval(math.expm1(mean), -math.inf, math.inf)
+        return Interval(_expm1(float(mean)), -math.inf, math.inf)
     variance = count / (count - 1) * np.square(d - mean * n).sum() / n.sum() ** 2
     reach = student_t(0.5 + CONFIDENCE / 2, count - 1) * math.sqrt(variance)
     return Interval(*(_expm1(float(x)) for x in (mean, mean - reach, mean + reach)))
 
 
 def _expm1(x: float) -> float:
-    return math.expm1(x) if x < 700 else math.inf  # NaN stays NaN
+    return math.inf if x >= 700 else math.expm1(x)  # NaN stays NaN
 
 
 def student_t(probability: float, freedom: int) -> float:
