@@ -103,7 +103,8 @@ def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
             "sha256": file_sha256(path),
         }
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path != directory / MANIFEST
+        if path.is_file()
+        and path != directory / MANIFEST
         and not path.relative_to(directory).as_posix().startswith(EVALUATIONS)
     }
 

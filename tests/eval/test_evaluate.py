@@ -16,20 +16,20 @@ from transformers import AutoModelForCausalLM
 import inlay
 from inlay.backends.artifact import EVALUATIONS, Artifact, hash_files
 from inlay.cli import main
-from inlay.engine import Engine, build, compile_model
+from inlay.engine import Engine, build
 from inlay.errors import ArtifactError, ModelLoadError, OptionError
 from inlay.eval import EvalOptions, Evaluation, evaluate, evaluate_all
-from inlay.eval import reference as reference_module
 from inlay.eval.options import default_limit
-from inlay.eval.reference import Reference
-from inlay.eval.text import read_text, tokenize
+from inlay.eval.reference import CACHE_KIND, Reference
+from inlay.eval.text import Window, read_text, tokenize
 from inlay.lowering.loading import demo_path, load_tokenizer
 from inlay.lowering.options import CompileOptions
+from inlay.report.text import artifact_data, artifact_text
 from tests.toys import build_toy
 
 OPTIONS = CompileOptions(backend="eager", dtype="float32", verify="capture", block_size=16)
 SMALL = {"window": 96, "stride": 48, "num_prompts": 3, "num_greedy_tokens": 6}
-NUM_TOKENS = 600
+NUM_TOKENS = 400
 
 
 @pytest.fixture(scope="module")
@@ -156,12 +156,14 @@ def test_engines_of_one_checkpoint_share_a_run_of_it(
     assert both[0][0].perplexity < together.perplexity
 
 
-def test_a_damaged_cache_is_not_used(sound: Engine, text: Path) -> None:
+def test_a_damaged_cache_is_not_used(
+    sound: Engine, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INLAY_CACHE_DIR", str(tmp_path))
     sizes = {"window": 64, "stride": 32, "max_tokens": 128, "num_prompts": 0}
     first = judge(sound, text, **sizes)
-    folder = reference_module.cache_dir() / reference_module.CACHE_KIND
-    for file in folder.glob("*.safetensors"):
-        file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
+    (file,) = (tmp_path / CACHE_KIND).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-400] + bytes(400))
     assert judge(sound, text, **sizes).reference_perplexity == first.reference_perplexity
 
 
@@ -190,7 +192,7 @@ def test_a_head_that_is_not_all_is_run_with_its_model(tmp_path: Path) -> None:
     """Gemma 2 caps its logits: hidden states alone would give others."""
     model = build_toy("gemma2")
     truth = Reference(model, "gemma2", 64)
-    window = reference_module.Window(list(range(1, 21)), list(range(11, 22))[:10])
+    window = Window(list(range(1, 21)), list(range(11, 22))[:10])
     with torch.inference_mode():
         expected = model(input_ids=torch.tensor([list(window.token_ids)])).logits[0, -10:]
     torch.testing.assert_close(truth.rows(window)(0, 10), expected, rtol=1e-5, atol=1e-5)
@@ -224,14 +226,13 @@ def test_verdicts_are_kept_by_text_and_setting(saved: Engine, text: Path) -> Non
     assert again.save(saved.path.parent / "moved").evaluations == kept
 
 
-def test_inspect_shows_what_was_found(saved: Engine, text: Path, capsys: Any) -> None:
+def test_inspect_shows_what_was_found(saved: Engine, text: Path) -> None:
     judge(saved, text, max_tokens=150, num_prompts=0)
-    assert main(["inspect", str(saved.path)]) == 0
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "evaluation" in line]
+    data = artifact_data(saved)
+    assert data["evaluations"] == saved.evaluations
+    (line,) = [line for line in artifact_text(data).splitlines() if "evaluation" in line]
     assert "pass: perplexity" in line
     assert "150 tokens" in line
-    assert main(["inspect", str(saved.path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["evaluations"] == saved.evaluations
 
 
 @pytest.mark.parametrize(
@@ -288,21 +289,24 @@ def test_a_reference_of_another_architecture_is_refused(saved: Engine, text: Pat
 def test_without_a_reference_it_is_asked_for(
     sound: Engine, corrupted: Engine, text: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(OptionError, match="does not say what checkpoint.*--reference"):
+    with pytest.raises(OptionError, match=r"does not say what checkpoint.*--reference"):
         judge(corrupted, text)
     with pytest.raises(ModelLoadError, match="--reference DIR"):
         judge(sound, text, reference=str(tmp_path / "gone"))
     options = EvalOptions(**SMALL)
     with pytest.raises(OptionError, match="different models, MODEL, demo"):
-        evaluate_all(
-            [sound, corrupted], text=text, reference=None, options=options, progress=print
-        )
+        evaluate_all([sound, corrupted], text=text, reference=None, options=options, progress=print)
 
 
-def test_an_engine_without_a_tokenizer_is_refused(text: Path) -> None:
-    engine = compile_model(build_toy("llama"), "eager", verify="capture")
-    with pytest.raises(OptionError, match="no tokenizer"):
-        evaluate(engine, text=text, reference="demo")
+def test_an_engine_without_a_tokenizer_needs_one(saved: Engine, text: Path) -> None:
+    for file in saved.artifact.model_dir.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(OptionError, match=r"no tokenizer at .*--tokenizer DIR"):
+        judge(saved, text)
+    found = judge(saved, text, max_tokens=100, num_prompts=0, tokenizer="demo")
+    assert found.setting.num_tokens == 100
+    with pytest.raises(OptionError, match=r"no tokenizer at .*gone"):
+        judge(saved, text, tokenizer=saved.path / "gone")
 
 
 @pytest.mark.parametrize(
@@ -325,7 +329,7 @@ def test_wrong_options_are_refused(
 
 def test_limits() -> None:
     assert default_limit("w8a16", "bfloat16", "auto") == 0.005
-    assert default_limit("w4a16", "bfloat16", "bfloat16") == 0.03
+    assert default_limit("w4a16,group_size=64", "bfloat16", "bfloat16") == 0.03
     assert default_limit("w8a8", "float32", "int8") == pytest.approx(0.015)
     assert default_limit(None, "bfloat16", "fp8") == pytest.approx(0.006)
     with pytest.raises(OptionError, match=r"quantization 'w2a2'.*give limit"):

@@ -45,9 +45,15 @@ metric_list: [{metric: exact_match}]
 """,
 }
 
-installed = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'inlay[eval]'"
-)
+MISSING = [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]
+
+
+def installed(test: Any) -> Any:
+    """Importing the harness alone takes some ten seconds; its own model needs accelerate."""
+    skip = pytest.mark.skipif(
+        bool(MISSING), reason=f"pip install 'inlay[eval]' accelerate: {MISSING}"
+    )
+    return pytest.mark.slow(skip(test))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +155,7 @@ def test_the_command_prints_a_table(engine: Engine, folder: Path, capsys: Any) -
 
 @installed
 def test_an_unknown_task_is_refused(engine: Engine, folder: Path) -> None:
-    with pytest.raises(OptionError, match="no task 'no_such'.*ls tasks"):
+    with pytest.raises(OptionError, match=r"no task 'no_such'.*ls tasks"):
         evaluate_tasks(engine, ["toy_choice", "no_such"], include_path=str(folder))
 
 

@@ -59,7 +59,7 @@ def test_bad_text_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
 
 
 def test_text_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="cannot be read.*No such file"):
+    with pytest.raises(OptionError, match=r"cannot be read.*No such file"):
         read_text(tmp_path / "none.txt")
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"x" * 1000)[:-9])
     with pytest.raises(OptionError, match="cannot be read"):

@@ -81,6 +81,7 @@ def judge(arguments: argparse.Namespace, engines: list[Any], options: Any) -> in
         engines,
         text=arguments.text,
         reference=arguments.reference,
+        tokenizer=arguments.tokenizer,
         options=options,
         progress=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
     )

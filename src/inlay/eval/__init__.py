@@ -3,8 +3,8 @@
 `inlay eval` in Python: `evaluate(engine, text=...)` gives an `Evaluation`.
 """
 
-from inlay.eval.evaluate import evaluate, evaluate_all
 from inlay.eval.evaluation import Evaluation, Setting
+from inlay.eval.judge import evaluate, evaluate_all
 from inlay.eval.options import EvalOptions
 from inlay.eval.statistics import Interval
 

@@ -61,7 +61,7 @@ class Evaluation:
 
     @property
     def verdict(self) -> str:
-        """"pass", "fail", or "undecided" where one window leaves no interval."""
+        """ "pass", "fail", or "undecided" where one window leaves no interval."""
         if self.setting.num_windows < 2 and math.isfinite(self.increase.value):
             return UNDECIDED
         return PASS if self.increase.high <= self.limit else FAIL  # NaN fails

@@ -93,8 +93,9 @@ class InlayLM(TemplateLM):
         for (texts, _, after), row, output in zip(requests, rows, outputs, strict=True):
             if output.error is not None:
                 raise output.error
-            found = output.prompt_logprobs[len(row) - len(after) :]
-            places = [one[token] for one, token in zip(found, after, strict=True)]
+            found = (output.prompt_logprobs or [])[len(row) - len(after) :]
+            # None is the first token's, and no continuation begins there.
+            places = [(one or {})[token] for one, token in zip(found, after, strict=True)]
             answer = sum(p.logprob for p in places), all(p.rank == 1 for p in places)
             answers.append(answer)
             if texts is not None:
@@ -122,9 +123,7 @@ class InlayLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def generate_until(
-        self, requests: Sequence[Instance], disable_tqdm: bool = False
-    ) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy, unless a task asks for sampling; cut before the first stop string."""
         prompts, params = [], []
         for request in requests:
@@ -134,7 +133,7 @@ class InlayLM(TemplateLM):
             if room < 1:
                 raise OptionError(
                     f"a task wants {chosen.max_tokens} tokens, which leaves no room for a prompt "
-                    f"in the engine's max_seq_len, {self.max_length + 2}; build it with a longer one"
+                    f"in max_seq_len, {self.max_length + 2}; build the engine with a longer one"
                 )
             prompts.append({"prompt_token_ids": self.tok_encode(context)[-room:]})
             params.append(chosen)

@@ -49,7 +49,9 @@ class EvalOptions:
             if value is None and name in ("window", "stride", "max_tokens"):
                 continue
             if type(value) is not int or value < smallest:
-                raise OptionError(f"{name} must be an integer of at least {smallest}, got {value!r}")
+                raise OptionError(
+                    f"{name} must be an integer of at least {smallest}, got {value!r}"
+                )
         is_number = isinstance(self.limit, int | float) and not isinstance(self.limit, bool)
         if self.limit is not None and not (is_number and 0 <= self.limit < float("inf")):
             raise OptionError(
@@ -61,12 +63,14 @@ class EvalOptions:
 def default_limit(quantization: str | None, dtype: str, kv_cache_dtype: str) -> float:
     """The most that the perplexity may rise, as a share.
 
+    quantization: as an artifact names it, "w4a16,group_size=32"; its format decides.
     Raises OptionError for a quantization of which none is known.
     """
-    if quantization is None:
+    format_ = (quantization or "").split(",")[0]
+    if not format_:
         limit = UNQUANTIZED_LIMITS[dtype]
-    elif quantization in LIMITS:
-        limit = LIMITS[quantization]
+    elif format_ in LIMITS:
+        limit = LIMITS[format_]
     else:
         raise OptionError(
             f"no limit is known for the quantization {quantization!r}, only for "

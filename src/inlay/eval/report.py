@@ -18,7 +18,8 @@ def lines(names: Sequence[str], evaluations: Sequence[Evaluation]) -> Iterator[s
         f"{setting.num_tokens} tokens of {setting.text}, {setting.num_windows} windows of up to "
         f"{setting.window} tokens, {setting.stride} judged in each"
     )
-    yield f"{setting.reference}, Hugging Face in float32: perplexity {first.reference_perplexity:.4f}"
+    exact = first.reference_perplexity
+    yield f"{setting.reference}, Hugging Face in float32: perplexity {exact:.4f}"
     width = max(map(len, names))
     yield f"{'':{width}}" + "".join(f"  {heading:>18}" for heading in HEADINGS) + "  greedy match"
     for name, one in zip(names, evaluations, strict=True):

@@ -35,7 +35,8 @@ def paired_increase(differences: Sequence[float], sizes: Sequence[int]) -> Inter
     mean, count = d.sum() / n.sum(), len(d)
     if count < 2:
         return Interval(_expm1(float(mean)), -math.inf, math.inf)
-    variance = count / (count - 1) * np.square(d - mean * n).sum() / n.sum() ** 2
+    with np.errstate(invalid="ignore"):  # of infinite differences
+        variance = count / (count - 1) * np.square(d - mean * n).sum() / n.sum() ** 2
     reach = student_t(0.5 + CONFIDENCE / 2, count - 1) * math.sqrt(variance)
     return Interval(*(_expm1(float(x)) for x in (mean, mean - reach, mean + reach)))
 
@@ -54,9 +55,7 @@ def student_t(probability: float, freedom: int) -> float:
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (
-            (middle, high)
-            if (1 + _within(middle, freedom)) / 2 < probability
-            else (low, middle)
+            (middle, high) if (1 + _within(middle, freedom)) / 2 < probability else (low, middle)
         )
     return math.tan(low) * math.sqrt(freedom)
 

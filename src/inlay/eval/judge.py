@@ -16,6 +16,8 @@ from inlay.eval.options import EvalOptions, default_limit
 from inlay.eval.reference import Origin, Reference
 from inlay.eval.store import store
 from inlay.eval.text import cut, read_text, tokenize, window_sizes
+from inlay.lowering.loading import load_tokenizer
+from inlay.passes.quantize.config import NONE
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ def evaluate(
     *,
     text: str | os.PathLike[str] | None = None,
     reference: Any = None,
+    tokenizer: Any = None,
     progress: Progress = logger.info,
     **options: Any,
 ) -> Evaluation:
@@ -43,17 +46,25 @@ def evaluate(
 
     text: a UTF-8 file; None is the held-out text that ships with the demo model. reference: the
     checkpoint, as a directory, a hub id or a model in memory; None is what the engine was made of.
-    options: the fields of `EvalOptions`.
+    tokenizer: where not the engine's own, one or where to load it from. options: the fields of
+    `EvalOptions`. progress: called with a line of text now and then.
 
     Raises:
-        OptionError: the text cannot be read, the reference is another model, a wrong value.
+        OptionError: the text cannot be read, the reference is another model, there is no
+            tokenizer, a wrong value.
         ModelLoadError: the reference cannot be loaded.
         UnsupportedModelError: the engine is an encoder.
     """
     chosen = EvalOptions(**options)
-    return evaluate_all([engine], text=text, reference=reference, options=chosen, progress=progress)[
-        0
-    ]
+    (found,) = evaluate_all(
+        [engine],
+        text=text,
+        reference=reference,
+        tokenizer=tokenizer,
+        options=chosen,
+        progress=progress,
+    )
+    return found
 
 
 def evaluate_all(
@@ -63,19 +74,16 @@ def evaluate_all(
     reference: Any,
     options: EvalOptions,
     progress: Progress,
+    tokenizer: Any = None,
 ) -> list[Evaluation]:
     """`evaluate` for several engines of one checkpoint, which is run once for all of them."""
     _check_decoders(engines)
     limits = [_limit(engine, options) for engine in engines]
     content, origin = read_text(text), origin_of(engines, reference)
-    tokenizer = next((t for t in (engine.tokenizer() for engine in engines) if t), None)
-    if tokenizer is None:
-        raise OptionError(
-            f"engine {engines[0].path} has no tokenizer; compile it with one (tokenizer=)"
-        )
+    words = _tokenizer(engines, tokenizer)
     max_seq_len = min(engine.manifest["limits"]["max_seq_len"] for engine in engines)
     window, stride = window_sizes(options.window, options.stride, max_seq_len)
-    bos, ids = tokenize(content, tokenizer, options.max_tokens)
+    bos, ids = tokenize(content, words, options.max_tokens)
     windows = cut(bos, ids, window, stride)
     truth = origin.load(max_seq_len)
     for engine in engines:
@@ -114,9 +122,9 @@ def evaluate_all(
 
 
 def quantization_of(engine: Engine) -> str | None:
-    """The word that the engine was quantized by; None where it was not."""
-    word: str | None = engine.manifest["options"].get("quantization")
-    return word
+    """What the engine was quantized by, as `inlay build` takes it; None where it was not."""
+    word: str = engine.manifest["options"].get("quantization", NONE)
+    return None if word == NONE else word
 
 
 def origin_of(engines: Sequence[Engine], reference: Any) -> Origin:
@@ -165,6 +173,21 @@ def _check_decoders(engines: Sequence[Engine]) -> None:
                 f"engine {engine.path} is an encoder: it predicts no tokens, so it has no "
                 "perplexity; `inlay build` compares an encoder's hidden states with Hugging Face's"
             )
+
+
+def _tokenizer(engines: Sequence[Engine], given: Any) -> Any:
+    """The one that was given, else the engines' own; OptionError where there is none."""
+    if given is not None and not isinstance(given, str | os.PathLike):
+        return given
+    places = [given] if given is not None else engines
+    for place in places:
+        found = place.tokenizer() if isinstance(place, Engine) else load_tokenizer(place)
+        if found is not None:
+            return found
+    raise OptionError(
+        f"there is no tokenizer at {given or engines[0].path}, and text needs one: name it with "
+        "tokenizer (--tokenizer DIR)"
+    )
 
 
 def _limit(engine: Engine, options: EvalOptions) -> float:
