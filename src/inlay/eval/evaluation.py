@@ -36,6 +36,7 @@ class Setting:
     stride: int
     num_tokens: int
     num_windows: int
+    made_with: str
 
 
 @dataclass(frozen=True)

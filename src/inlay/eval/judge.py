@@ -7,6 +7,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+import transformers
+
+import inlay
 from inlay.engine import Engine
 from inlay.errors import OptionError, UnsupportedModelError
 from inlay.eval.evaluation import Evaluation, Setting, summarize
@@ -113,6 +117,10 @@ def evaluate_all(
             stride=stride,
             num_tokens=judged,
             num_windows=len(windows),
+            made_with=(
+                f"inlay {inlay.__version__}, torch {torch.__version__}, transformers "
+                f"{transformers.__version__}"
+            ),
         )
         greedy = _greedy(model, truth, bos, ids, max_seq_len, options)
         evaluation = summarize(setting, score, greedy, limit)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from inlay.eval.evaluation import UNDECIDED, Evaluation
+from inlay.eval.evaluation import FAIL, UNDECIDED, Evaluation
 
 HEADINGS = ("perplexity", "increase", "95 % interval", "limit", "KL mean", "KL p99", "top-1")
 
@@ -69,4 +69,6 @@ def _share(value: float | None) -> str:
 def _why(one: Evaluation) -> str:
     if one.verdict == UNDECIDED:
         return ": the text fills one window, which leaves no interval; give a longer one"
+    if one.verdict == FAIL and one.increase.value <= one.limit:
+        return ": the interval reaches beyond the limit; a longer text would narrow it"
     return ""

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 CONFIDENCE = 0.95
+
+MAX_BATCHES = 30
+"""Fewer, longer batches depend less on each other, and of more than 30 little is gained: Schmeiser,
+Batch Size Effects in the Analysis of Simulation Output (Operations Research 30, 1982)."""
 
 
 @dataclass(frozen=True)
@@ -23,28 +28,34 @@ class Interval:
 def paired_increase(differences: Sequence[float], sizes: Sequence[int]) -> Interval:
     """By how much the perplexity is higher, as a share, with its 95 % interval.
 
-    differences: for each window the sum of its tokens' differences of negative log-likelihood, in
-    nats. sizes: its number of tokens. Tokens of one window share their context, so windows are the
-    clusters that are taken to be independent. The mean per token is a ratio of two sums over
-    clusters, with the variance that Cochran (Sampling Techniques, 3rd ed. 1977, eq. 6.13 and
-    section 9A) gives, as for clustered and paired differences of language models in Miller, Adding
-    Error Bars to Evals (2024, arXiv:2411.00640); Student's t with one degree of freedom less than
-    there are windows. Perplexity's share is exp(mean) - 1, and so are the ends.
+    differences: for each window, in the text's order, the sum of its tokens' differences of
+    negative log-likelihood, in nats. sizes: its number of tokens. The mean per token is a ratio of
+    two sums over clusters, with the variance of Cochran (Sampling Techniques, 3rd ed. 1977, eq.
+    6.13), as in Miller, Adding Error Bars to Evals (2024, arXiv:2411.00640), for clustered and
+    paired differences of language models; Student's t with one degree of freedom less than there
+    are clusters. Perplexity's share is exp(mean) - 1, and so are the ends.
+
+    Clusters are batches of neighbouring windows: those are alike, being of one subject. On the
+    held-out text the differences of neighbours, at four bits, correlate by 0.43, and windows taken
+    for independent give an interval 1.6 times too narrow.
     """
-    d, n = np.asarray(differences, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
-    mean, count = d.sum() / n.sum(), len(d)
+    batches = np.array_split(np.arange(len(sizes)), min(len(sizes), MAX_BATCHES))
+    d = np.array([sum(differences[i] for i in batch) for batch in batches], dtype=np.float64)
+    n = np.array([sum(sizes[i] for i in batch) for batch in batches], dtype=np.float64)
+    mean, count = float(d.sum() / n.sum()), len(d)
     if count < 2:
-        return Interval(_expm1(float(mean)), -math.inf, math.inf)
+        return Interval(_expm1(mean), -math.inf, math.inf)
     with np.errstate(invalid="ignore"):  # of infinite differences
         variance = count / (count - 1) * np.square(d - mean * n).sum() / n.sum() ** 2
     reach = student_t(0.5 + CONFIDENCE / 2, count - 1) * math.sqrt(variance)
-    return Interval(*(_expm1(float(x)) for x in (mean, mean - reach, mean + reach)))
+    return Interval(_expm1(mean), _expm1(mean - reach), _expm1(mean + reach))
 
 
 def _expm1(x: float) -> float:
     return math.inf if x >= 700 else math.expm1(x)  # NaN stays NaN
 
 
+@lru_cache
 def student_t(probability: float, freedom: int) -> float:
     """The quantile of Student's t, for a probability above one half.
 
