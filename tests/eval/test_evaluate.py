@@ -19,9 +19,10 @@ from inlay.cli import main
 from inlay.engine import Engine, build
 from inlay.errors import ArtifactError, ModelLoadError, OptionError
 from inlay.eval import EvalOptions, Evaluation, evaluate, evaluate_all
+from inlay.eval.measure import PagedRows, measure
 from inlay.eval.options import default_limit
 from inlay.eval.reference import CACHE_KIND, Reference
-from inlay.eval.text import Window, read_text, tokenize
+from inlay.eval.text import cut, read_text, tokenize
 from inlay.lowering.loading import demo_path, load_tokenizer
 from inlay.lowering.options import CompileOptions
 from inlay.report.text import artifact_data, artifact_text
@@ -188,15 +189,24 @@ def test_chunks_and_rows_change_nothing(
     assert parts.kl_mean < 1e-6
 
 
-def test_a_head_that_is_not_all_is_run_with_its_model(tmp_path: Path) -> None:
-    """Gemma 2 caps its logits: hidden states alone would give others."""
+def test_windows_of_attention_and_capped_logits(tmp_path: Path) -> None:
+    """Gemma 2 caps its logits, so hidden states alone would give others, and keeps two groups of
+    KV blocks, one for layers that look back on 8 tokens."""
     model = build_toy("gemma2")
     truth = Reference(model, "gemma2", 64)
-    window = Window(list(range(1, 21)), list(range(11, 22))[:10])
+    ids = torch.randint(128, (60,)).tolist()
+    windows = cut(None, ids, 40, 16)
     with torch.inference_mode():
-        expected = model(input_ids=torch.tensor([list(window.token_ids)])).logits[0, -10:]
-    torch.testing.assert_close(truth.rows(window)(0, 10), expected, rtol=1e-5, atol=1e-5)
+        expected = model(input_ids=torch.tensor([list(windows[0].token_ids)])).logits[0]
+    torch.testing.assert_close(truth.rows(windows[0])(0, 16), expected, rtol=1e-5, atol=1e-5)
     assert truth._is_split is False
+    engine = build(model, tmp_path / "engine", OPTIONS)
+    (scores,) = measure([PagedRows(engine.load_model(), 40, "auto")], truth, windows, print)
+    assert scores.sizes == [16, 16, 16, 11]
+    torch.testing.assert_close(
+        torch.cat(scores.ours), torch.cat(scores.theirs), rtol=1e-5, atol=1e-5
+    )
+    assert float(torch.cat(scores.divergence).max()) < 1e-5
 
 
 def test_text_shorter_than_a_window_is_undecided(saved: Engine, tmp_path: Path) -> None:

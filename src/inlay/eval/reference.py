@@ -95,7 +95,7 @@ class Reference:
                 hidden = self._hidden(ids, num)
                 alone = self._rows_of(hidden)(0, num)
                 self._is_split = relative_rms(logits, alone) <= SAME
-            except (AttributeError, RuntimeError, TypeError):  # a model of another build
+            except (AttributeError, KeyError, RuntimeError, TypeError):  # a model of another build
                 self._is_split, hidden = False, logits
             if not self._is_split:
                 logger.info("%s does more than its LM head to its hidden states", self.name)
