@@ -130,9 +130,14 @@ def test_a_corrupted_engine_fails(corrupted: Engine, text: Path, capsys: Any) ->
 
 
 def test_engines_of_one_checkpoint_share_a_run_of_it(
-    sound: Engine, corrupted: Engine, text: Path, monkeypatch: pytest.MonkeyPatch
+    sound: Engine,
+    corrupted: Engine,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And what it gave comes from the cache the next time."""
+    monkeypatch.setenv("INLAY_CACHE_DIR", str(tmp_path))
     runs = 0
     original = Reference._run
 
