@@ -7,6 +7,7 @@
     segments/KEY/...                what the backend compiled of it
     weights/NNNNN.safetensors       memory-mapped; weights/index.json says where each name lies
     model/...                       config, generation config, tokenizer, chat template
+    eval.json                       what `inlay eval` found, if it was run; not in the manifest
 
 There is no pickle in it. Hashes detect damage, not tampering: loading an artifact runs the code
 it holds, so load only those you trust.
@@ -32,6 +33,9 @@ from inlay.errors import ArtifactError
 FORMAT_VERSION = 1
 MANIFEST = "inlay.json"
 SELF = "manifest_sha256"
+EVALUATIONS = "eval.json"
+"""Verdicts that come after the build: with their own hash and that of the manifest they are about.
+Files that begin with this name are no part of the artifact: such is one that is being written."""
 REBUILD = "inlay build MODEL -o DIR"
 SHARD_BYTES = 128 << 20
 """Small shards: packing weights at load maps one shard at a time."""
@@ -92,14 +96,16 @@ def write_weights(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) 
 
 
 def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file but the manifest, by its path inside the directory."""
+    """Size and sha256 of every file but the manifest and verdicts, by its path in the directory."""
     return {
         str(path.relative_to(directory)): {
             "size": path.stat().st_size,
             "sha256": file_sha256(path),
         }
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path != directory / MANIFEST
+        if path.is_file()
+        and path != directory / MANIFEST
+        and not path.relative_to(directory).as_posix().startswith(EVALUATIONS)
     }
 
 
@@ -164,11 +170,10 @@ class Artifact:
 
     def _check_files(self, check_weights: bool) -> None:
         expected = self.manifest["files"]
-        present = {str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file()} - {
-            MANIFEST
-        }
-        for name in sorted(present - set(expected)):
-            raise self._damaged(name, "is not of this artifact")
+        present = {str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file()}
+        for name in sorted(present - {MANIFEST, *expected}):
+            if not name.startswith(EVALUATIONS):
+                raise self._damaged(name, "is not of this artifact")
         for name, facts in expected.items():
             file = self.path / name
             if name not in present:

@@ -17,8 +17,9 @@ from pathlib import Path
 from inlay.backends.atomic import is_alive
 from inlay.backends.cache import BUILDING, FACTS, cache_dir
 
-KINDS = ("segments", "ops", "staging")
-"""Compiled segments, libraries of C++ ops, and engines that were compiled but not yet saved."""
+KINDS = ("segments", "ops", "staging", "references")
+"""Compiled segments, libraries of C++ ops, engines that were compiled but not yet saved, and what
+Hugging Face gave for the texts of `inlay eval`."""
 
 _OWNED = re.compile(rf"(?:{re.escape(BUILDING)}|engine-)(?P<host>.+)-(?P<pid>\d+)-[^-]+")
 """Directories named by `temporary_directory`."""
@@ -77,7 +78,7 @@ def _origin(path: Path) -> str:
         return "being built" if _used_by(path) else "left by a build that was killed"
     try:
         facts = json.loads(path.with_suffix(FACTS).read_text())
-        return f"{facts['origin']}: segment {facts['segment']}"
+        return f"{facts['origin']}: {facts.get('what') or 'segment ' + facts['segment']}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
 

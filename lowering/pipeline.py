@@ -158,6 +158,7 @@ def lower(
         manifest = {
             **_manifest(directory, options, limits, program, reports),
             "target": on,
+            "origin": name,
             "rebuild": _rebuild_command(options, name),
             "files": hash_files(directory),
         }

@@ -511,11 +511,17 @@ quantized or tokens are drafted. It knows no facts worth trusting.
 `pydoc_data.topics`, the docstrings of `builtins` and of the standard library's source files in
 Python {python}: {num_documents} documents, {num_characters:,} characters, {num_tokens:,} tokens.
 That text is copyright the Python Software Foundation and its contributors, under the PSF licence
-(`LICENSE.python.txt`), which also covers `heldout.txt`, a verbatim excerpt.
+(`LICENSE.python.txt`), which also covers `heldout.txt` and `heldout_c.txt.gz`, verbatim excerpts.
 
 `heldout.txt` ({tokens:,} tokens) is frozen: whole topics and modules chosen by a hash of their
 names, taken out before the tokenizer and the model were trained; docstrings that the training text
 repeats were dropped from it.
+
+`heldout_c.txt.gz` (88,900 tokens) came later, so that `inlay eval` has more than 100,000 tokens to
+judge with: docstrings of the standard library's modules that are written in C, which training never
+saw, since it read source files of Python. Those that the training text repeats were dropped in the
+same way. `python scripts/held_out_text.py` makes it again, of the same Python. Being signatures for
+the most part, it is of other proportions than the training text.
 
 ## Training
 

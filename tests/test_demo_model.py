@@ -19,6 +19,7 @@ FILES = {
     "config.json",
     "generation_config.json",
     "heldout.txt",
+    "heldout_c.txt.gz",
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",

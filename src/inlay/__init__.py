@@ -25,6 +25,7 @@ _HOME = {
     "RequestOutput": "inlay.runtime.outputs",
     "SamplingParams": "inlay.runtime.sampling_params",
     "compile_model": "inlay.engine",
+    "evaluate": "inlay.eval",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from inlay.engine import compile_model as compile_model
     from inlay.errors import EngineError as EngineError
     from inlay.errors import InlayError as InlayError
+    from inlay.eval import evaluate as evaluate
     from inlay.handle import RequestHandle as RequestHandle
     from inlay.llm import LLM as LLM
     from inlay.lowering.options import CompileOptions as CompileOptions

@@ -105,6 +105,13 @@ class Engine:
         file = self.artifact.model_dir / "pooling.json"
         return json.loads(file.read_text()) if file.is_file() else {}
 
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """What `inlay eval` found about this artifact, oldest first: `Evaluation.to_json` each."""
+        from inlay.eval.store import read
+
+        return read(self)
+
     def save(self, path: str | os.PathLike[str]) -> Engine:
         """Save to a directory of its own and return the engine there.
 

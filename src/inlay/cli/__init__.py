@@ -17,6 +17,7 @@ COMMANDS = {
     "run": "generate text from an artifact or a model",
     "verify": "compare a compiled model with Hugging Face, and find where they part",
     "bench": "measure throughput, latency, kernels and start-up, or compare with other engines",
+    "eval": "judge a compiled model's accuracy against its checkpoint on a text, or on tasks",
     "inspect": "show how a model was lowered and what it costs to run",
     "cache": "list or remove what is kept between builds",
 }
@@ -24,7 +25,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 when all is well, 1 when something is wrong, 2 for a wrong command line (and
-    where `verify` could not be run, since 1 is its verdict), 130 when interrupted."""
+    where `verify` or `eval` could not be run, since 1 is their verdict), 130 when interrupted."""
     import inlay
 
     parser = argparse.ArgumentParser(prog="inlay", description="Compile and run language models.")

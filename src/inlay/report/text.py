@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from inlay.engine import Engine
+from inlay.eval.report import summary
 from inlay.report.facts import PassFacts, Report
 from inlay.report.page import numbers, quantity
 
@@ -66,6 +67,7 @@ def artifact_data(engine: Engine) -> dict[str, Any]:
         "weight_bytes": sum(size for name, size in sizes.items() if name.endswith(".safetensors")),
         "code_bytes": sum(size for name, size in sizes.items() if name.startswith("segments/")),
         "rebuild": manifest["rebuild"],
+        "evaluations": engine.evaluations,
     }
 
 
@@ -82,6 +84,7 @@ def artifact_text(facts: dict[str, Any]) -> str:
         f"  attention layers: {facts['attention_layers']}, windows {facts['windows']}",
         f"  segments: {uses}",
         "  error against Hugging Face: " + pairs(facts["errors"], "{:.1e}"),
+        *[f"  evaluation: {summary(one)}" for one in facts["evaluations"]],
         *_pass_lines(PassFacts.of(one) for one in facts["passes"]),
         "  phases, s: " + pairs(facts["phases"]),
     ]
