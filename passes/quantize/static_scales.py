@@ -22,8 +22,8 @@ def find_range(inputs: Sequence[Tensor], weight: Tensor, scheme: Scheme) -> Rang
     """(least, greatest) that a layer's inputs, chunks [.., K], are to be rounded within.
 
     The extremes seen times the factor whose rounding errs least, each input's error counted with
-    the squares of the weight [N, K] that multiply it. Of fp8, whose steps are finer near 0, the
-    extremes themselves.
+    the squares of the weight [N, K] that multiply it; with zero points each end has a factor of its
+    own. Of fp8, whose steps are finer near 0, the extremes themselves.
     """
     low = min(min(float(x.min()) for x in inputs), 0.0)
     high = max(max(float(x.max()) for x in inputs), 0.0)
@@ -31,13 +31,15 @@ def find_range(inputs: Sequence[Tensor], weight: Tensor, scheme: Scheme) -> Rang
         return low, high
     rows = sample_rows(inputs, ROWS).float()
     importance = weight.float().square().sum(0)
-    losses = []
-    for factor in FACTORS:
-        parts = static_scale((low * factor, high * factor), scheme)
-        error = rows - round_static(rows, parts, scheme)
-        losses.append(float((error.square().sum(0) * importance).sum()))
-    factor = FACTORS[losses.index(min(losses))]
-    return low * factor, high * factor
+
+    def loss(bounds: Range) -> float:
+        error = rows - round_static(rows, static_scale(bounds, scheme), scheme)
+        return float((error.square().sum(0) * importance).sum())
+
+    if scheme.activation_symmetric:
+        return min([(low * factor, high * factor) for factor in FACTORS], key=loss)
+    low, high = min([(low, high * factor) for factor in FACTORS], key=loss)
+    return min([(low * factor, high) for factor in FACTORS], key=loss)
 
 
 def static_scale(bounds: Range, scheme: Scheme) -> dict[str, Tensor]:
