@@ -32,7 +32,6 @@ UNRELATED = 1.0
 model would be off by 1.4."""
 
 
-@torch.inference_mode()
 def make_plan(
     config: QuantizationConfig,
     captured: Captured,

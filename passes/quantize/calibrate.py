@@ -39,6 +39,7 @@ NUM_REPORTS = 8
 """Lines of progress."""
 
 
+@torch.no_grad()
 def calibrate(
     gm: GraphModule,
     config: QuantizationConfig,

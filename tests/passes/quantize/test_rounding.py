@@ -37,8 +37,8 @@ def test_each_weight_is_within_half_a_step(scheme: Scheme, shape: tuple[int, ...
         # Three bits of mantissa: half a unit is 1/16 of a number; below 2^-6 steps of 2^-9.
         assert bool((error <= weight.abs() / 16 + step * 2**-10 * 1.001).all())
         return
-    # Half a step; a zero point's rounding may push an end half a step out, as far as int4's positive
-    # maximum lies beyond its largest number 7. Of int4's 8 steps to a side 0.9 more may be clipped.
+    # Half a step; a zero point's rounding may push an end half a step out, as far as int4's
+    # positive maximum lies beyond its largest number 7. Of int4's 8 steps 0.9 more may be clipped.
     clipped = 1.9 if scheme.weight == "int4" else 0.5 if scheme.symmetric else 1.0
     assert bool((error <= step * (clipped + 0.02)).all())
     assert float((error / step).mean()) < 0.3  # a quarter, if all is spread evenly

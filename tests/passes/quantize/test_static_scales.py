@@ -40,8 +40,7 @@ def test_one_large_number_in_many_is_clipped(symmetric: bool) -> None:
     x = torch.rand(4096, 8) * 2 - 1
     assert find_range([x], WEIGHT, scheme) == (float(x.min()), float(x.max()))
     x[0, 0] = 3.0
-    low, high = find_range([x], WEIGHT, scheme)
-    assert 1.0 < high < 3.0
+    assert 1.0 < find_range([x], WEIGHT, scheme)[1] < 3.0
     # Where it counts for more than all others it is kept.
     weight = WEIGHT.clone()
     weight[:, 0] = 100.0
