@@ -45,7 +45,7 @@ from inlay.lowering.guards import (
 from inlay.lowering.loading import Source, load_pooling, load_source
 from inlay.lowering.options import CompileOptions, check_against_model
 from inlay.lowering.partition import partition
-from inlay.lowering.quantization import make_plan, quantized_references
+from inlay.lowering.quantization import make_plan, quantized_references, write_samples
 from inlay.lowering.rope import data_dependent
 from inlay.passes.graph import copy_graph
 from inlay.passes.pass_manager import (
@@ -126,7 +126,7 @@ def lower(
         plan = source.stored
     if options.quantization != NONE and plan is None:
         with phase("calibrate"):
-            plan = make_plan(options.quantization, captured, source.tokenizer, progress)
+            plan = make_plan(options.quantization, captured, source.tokenizer, limits, progress)
     if plan is not None:
         with phase("quantize"):
             captured.sources = {**captured.sources, **plan.given}
@@ -144,6 +144,8 @@ def lower(
     with writing(target) as directory:
         with phase("weights"):
             _write_model(directory, source)
+            if plan is not None and plan.samples:
+                write_samples(directory, plan.samples)
             recipes = captured.graph.meta["recipes"]
             write_json(directory / "recipe.json", recipes)
             write_weights(directory, _weights(program, captured))

@@ -2,6 +2,17 @@
 
 A recipe is plain data, `{"op": ..., "inputs": [names], ...}`, so that it is recorded in the
 artifact and replayed on new weights without tracing the model again.
+
+A quantized weight's values, scales and zeros are made anew by the recipe "quantize". The recipe
+"given" says that there is none; what new weights then need depends on its origin:
+- "checkpoint": the parts come with the new checkpoint, quantized like the old one.
+- "calibration", W.smooth, W.input_scale and W.input_zero: measured on texts. The engine's own hold
+  for weights that differ little (a fine-tuned model): they are kept, and "smooth" and "quantize"
+  round the new weight by them.
+- "calibration", W.values, W.scales and W.zeros: GPTQ's, made of the old weight and what its layer
+  was given. They are true of no other weight: calibration is to be done again, for which the
+  artifact has the token ids (calibration.jsonl) and the settings (options.quantization in its
+  manifest). Doing so is right for the parts above too, and needed where weights differ much.
 """
 
 from __future__ import annotations

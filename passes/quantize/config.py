@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,6 +19,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "gptq": ("w4a16", "w8a16"),
     "awq": ("w4a16", "w8a16"),
 }
+TEXTS = "calibration.jsonl"
+"""What stands for texts that came as an iterable: the file in the artifact that holds them."""
 GROUP_SIZES = (0, 32, 64, 128)
 NONE = "none"
 
@@ -65,9 +68,10 @@ class QuantizationConfig:
     ignore: layers to leave as they are: names or patterns ("*.down_proj", "re:.*layers\\.0\\..*")
         of modules, separated by | in a string.
     smoothing: smoothquant's alpha, from 0 (weights take no difficulty over) to 1.
-    calibration: a JSONL file with "text" or a text file; in Python also an iterable of texts. "":
-        for methods and scales that need it, an error.
-    num_samples, sample_length: calibration texts taken at most, and tokens of each.
+    calibration: a JSONL file whose lines have "text", "messages" or "token_ids", or a text file; in
+        Python also an iterable of texts and such mappings. An artifact keeps the token ids in its
+        calibration.jsonl, which is such a file. "": for what needs it, an error.
+    num_samples, sample_length: pieces of text taken at most, and tokens of each.
     """
 
     format: str
@@ -86,6 +90,8 @@ class QuantizationConfig:
     sample_length: int = 256
 
     def __post_init__(self) -> None:
+        if isinstance(self.calibration, os.PathLike):
+            object.__setattr__(self, "calibration", os.fspath(self.calibration))
         object.__setattr__(self, "format", ALIASES.get(self.format, self.format))
         one_of("format", self.format, FORMATS)
         one_of("method", self.method, tuple(METHODS))
@@ -168,8 +174,8 @@ class QuantizationConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; texts that came as an iterable are not in it."""
-        data = {**asdict(self), "ignore": list(self.ignore)}
-        return data if isinstance(self.calibration, str) else {**data, "calibration": "(texts)"}
+        plain = self if isinstance(self.calibration, str) else replace(self, calibration=TEXTS)
+        return {**asdict(plain), "ignore": list(self.ignore)}
 
     def __str__(self) -> str:
         """The string that gives this configuration again."""
@@ -178,6 +184,8 @@ class QuantizationConfig:
             value = getattr(self, field.name)
             if value != field.default:
                 text = "|".join(value) if field.name == "ignore" else str(value)
+                if field.name == "calibration" and not isinstance(value, str):
+                    text = TEXTS
                 parts.append(f"{field.name}={text}")
         return ",".join(parts)
 

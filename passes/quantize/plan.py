@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -26,9 +26,11 @@ class Plan:
     schemes: of weights that the checkpoint has quantized already, by their names before any fusing;
     with such a checkpoint no other weight is touched. given: parts by name ("W.values"): those of
     the checkpoint, for all weights in schemes, and those that calibration made, for weights by
-    their names in the graph. What is not given is made by recipe, rounding to nearest.
+    their names in the graph. What is not given is made by recipe, rounding to nearest. samples: the
+    token ids that calibration ran on.
     """
 
     config: QuantizationConfig | None = None
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    samples: Sequence[Sequence[int]] = ()

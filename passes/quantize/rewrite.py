@@ -64,16 +64,26 @@ def quantize(gm: GraphModule, plan: Plan) -> int:
 
 def targets(gm: GraphModule, plan: Plan) -> list[tuple[Node, Scheme]]:
     """The calls to quantize, in graph order, each with its scheme."""
-    chain = [] if is_encoder(gm) else output_chain(gm)
-    found = []
+    head, found = head_of(gm), []
     for node in calls(gm, LINEAR, EXPERTS, EMBEDDING):
         weights = [w for w in weights_of(node) if "weight" in w.meta]
         if len(weights) != len(weights_of(node)) or any(fake(w).dim() < 2 for w in weights):
             continue
-        scheme = _scheme(gm, node, weights, plan, node in chain[:1])
+        scheme = _scheme(gm, node, weights, plan, node is head)
         if scheme is not None:
             found.append((node, scheme))
     return found
+
+
+def accepted(gm: GraphModule, plan: Plan) -> list[tuple[Node, Scheme]]:
+    """Of the targets, those whose sizes allow it."""
+    return [(node, scheme) for node, scheme in targets(gm, plan) if not _refusal(node, scheme)]
+
+
+def head_of(gm: GraphModule) -> Node | None:
+    """The LM head's linear layer; None where there is none."""
+    chain = [] if is_encoder(gm) else output_chain(gm)
+    return chain[0] if chain else None
 
 
 def weights_of(node: Node) -> list[Any]:

