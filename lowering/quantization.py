@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from inlay.errors import VerificationError
+from inlay.errors import OptionError, VerificationError
 from inlay.lowering.export import Captured
 from inlay.lowering.guards import References
+from inlay.lowering.loading import Source
 from inlay.passes.check import Check, first_output
 from inlay.passes.graph import module_of
-from inlay.passes.quantize.config import QuantizationConfig
+from inlay.passes.quantize.config import NONE, QuantizationConfig
 from inlay.passes.quantize.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,21 @@ inputs and its weights are rounded to. Usual are 0.01, 0.1, 0.03; 0.02; 0.04. In
 and int4 without groups, come near the limits; a lost zero point, numbers or scales in a wrong order
 or of another layer are beyond."""
 
+STORED_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+"""The same of a checkpoint's own numbers, where inputs are not rounded: the layer before has these
+rounded to the engine's dtype, nothing else differs. In float32 sums are taken in another order."""
+
+
+def check_unquantized(quantization: Any, source: Source) -> None:
+    """Raises OptionError where a checkpoint that is quantized already is to be quantized."""
+    if quantization != NONE and source.stored is not None:
+        kinds = sorted({scheme.weight for scheme in source.stored.schemes.values()})
+        raise OptionError(
+            f"checkpoint {source.name} is quantized already ({', '.join(kinds) or 'dequantized'}) "
+            f"and keeps its own: quantization must be none, got {str(quantization)!r}; leave it "
+            "out, or take an unquantized checkpoint"
+        )
+
 
 def make_plan(
     config: QuantizationConfig,
@@ -51,13 +67,18 @@ def make_plan(
 
 @torch.inference_mode()
 def quantized_references(
-    before: GraphModule, after: GraphModule, references: References, check: Check
+    before: GraphModule,
+    after: GraphModule,
+    references: References,
+    check: Check,
+    stored: bool = False,
 ) -> References:
     """Logits of the quantized graph for the same requests, which an engine must give.
 
     Each quantized layer is compared first: given the inputs that it has without quantization, with
     what it gave before. Raises VerificationError naming the first one whose output has little to
     do with that, or where the logits as a whole have nothing to do with the model's any more.
+    stored: the checkpoint was quantized already, and the model holds what its numbers mean.
     """
     num_tokens = sum(len(request.token_ids) for request in references.requests)
     every_row = {"logits_indices": torch.arange(num_tokens)}
@@ -68,15 +89,18 @@ def quantized_references(
     recorder = _Recorder(before, {node.meta["quantized"][0] for node in _quantized(after)})
     recorder.run(*whole.inputs(before))
     inputs = whole.inputs(after)
-    _LayerCheck(after, recorder.values).run(*inputs)
+    _LayerCheck(after, recorder.values, stored).run(*inputs)
     logits = first_output(Interpreter(after).run(*inputs))[0].float()
     rows = logits.split([len(request.token_ids) for request in references.requests])
     expected = torch.cat([request.logits for request in references.requests])
     error = references.error(expected, logits)
     if not error <= UNRELATED:
+        advice = "take a format with more bits, a smaller group_size, or leave layers out (ignore=)"
+        if stored:
+            advice = "the checkpoint's activation scales are not for this model, or are damaged"
         raise VerificationError(
             f"quantization leaves nothing of the model: its logits are off by {error:.2g} of their "
-            "RMS; take a format with more bits, a smaller group_size, or leave layers out (ignore=)"
+            f"RMS; {advice}"
         )
     requests = tuple(
         replace(request, logits=own) for request, own in zip(references.requests, rows, strict=True)
@@ -106,9 +130,9 @@ class _Recorder(Interpreter):
 class _LayerCheck(Interpreter):
     """Compares each quantized layer's output, and goes on with what the layer itself gave."""
 
-    def __init__(self, gm: GraphModule, expected: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, gm: GraphModule, expected: Mapping[str, torch.Tensor], stored: bool) -> None:
         super().__init__(gm)
-        self._expected = expected
+        self._expected, self._stored = expected, stored
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
@@ -118,11 +142,18 @@ class _LayerCheck(Interpreter):
         before = self._expected[name]
         error = _median_error(before, result)
         limit = LAYER_LIMITS[scheme.activation][scheme.weight]
+        advice = (
+            f"leave it out (ignore={module_of(n)}), or take groups, smoothquant or another format"
+        )
+        if self._stored:
+            advice = "the checkpoint's activation scales are not for this model, or are damaged"
+            if scheme.activation == NONE:
+                limit = STORED_LIMITS[before.dtype]
+                advice = "this is a fault of the checkpoint's reader, please report it"
         if not error <= limit:
             raise VerificationError(
                 f"quantization spoils layer {module_of(n)}: in the median token its output is off "
-                f"by {error:.2g} of its size, allowed is {limit:.2g} for {scheme}; leave it out "
-                f"(ignore={module_of(n)}), or take groups, smoothquant or another format"
+                f"by {error:.2g} of its size, allowed is {limit:.2g} for {scheme}; {advice}"
             )
         return before
 
