@@ -29,8 +29,11 @@ def check_place(name: str) -> None:
         )
 
 
-def check_files(name: str) -> None:
-    """Refuse what transformers takes for a model of floating-point weights and is none."""
+def check_files(name: str, quantized: bool = False) -> None:
+    """Refuse what transformers takes for a model of floating-point weights and is none.
+
+    quantized: the config says that weights are not, and they were read accordingly.
+    """
     folder = Path(name)
     if not folder.is_dir():
         folder = Path(cached_file(name, "config.json", local_files_only=True)).parent
@@ -39,14 +42,15 @@ def check_files(name: str) -> None:
             f"checkpoint {name} holds an adapter (adapter_config.json), which would not be applied;"
             " merge it (PEFT: model.merge_and_unload(), then save_pretrained), or remove it"
         )
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in () if quantized else sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118  (it is no mapping)
                 kind = tensors.get_slice(key).get_dtype()
                 if key.endswith("weight") and kind not in FLOATING:
                     raise UnsupportedModelError(
-                        f"checkpoint {name} is quantized: {key} in {file.name} is {kind}, allowed "
-                        f"are {', '.join(FLOATING)}; take the float32, bfloat16 or float16 one"
+                        f"checkpoint {name} is quantized: {key} in {file.name} is {kind}, and its "
+                        "config has no quantization_config that says how; allowed without are "
+                        f"{', '.join(FLOATING)}; take the float32, bfloat16 or float16 one"
                     )
 
 

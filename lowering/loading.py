@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,10 @@ from inlay.errors import ModelLoadError, OptionError, UnsupportedModelError
 from inlay.lowering.capture import REFERENCE, share_tensors, without_pooler
 from inlay.lowering.checkpoint import check_files, check_finite, check_place, guarded
 from inlay.lowering.options import DTYPES
-from inlay.lowering.support import auto_class, check_config, check_supported
+from inlay.lowering.quantized_checkpoint.formats import take_format
+from inlay.lowering.quantized_checkpoint.placing import plan_of
+from inlay.lowering.quantized_checkpoint.reader import QuantizedFiles
+from inlay.lowering.support import auto_class, check_supported
 from inlay.passes.quantize.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -84,6 +87,9 @@ def load_source(
 ) -> Source:
     """Load through `from_pretrained`: its conversion mapping, ties, buffers and memory maps.
 
+    A checkpoint that is quantized already gives an ordinary model of the weights that its numbers
+    stand for, and the numbers themselves in `Source.stored`.
+
     dtype: a key of DTYPES, or "auto" for the checkpoint's own. An in-memory model of another
     dtype is converted into a copy; it is never changed itself. trust_remote_code: run Python code
     that comes with the checkpoint, where its config names such.
@@ -98,14 +104,20 @@ def load_source(
         check_place(name)
         options = _hub_options(name, trust_remote_code)
         config = guarded(name, lambda: _load_config(name, options))
-        check_config(config)
-        loaded = guarded(name, lambda: _load(name, DTYPES.get(dtype), config, options))
-        guarded(name, lambda: check_files(name))
+        local = options["local_files_only"]
+        format_ = guarded(name, lambda: take_format(name, config, local))
+        files, wanted = None, DTYPES.get(dtype)
+        if format_ is not None:
+            wanted = wanted or config.dtype or config.get_text_config().dtype or format_.dtype
+            files = QuantizedFiles(format_, wanted)
+        loaded = guarded(name, lambda: _load(name, wanted, config, options, files))
+        guarded(name, lambda: check_files(name, files is not None))
         if tokenizer is None:
             tokenizer = load_tokenizer(name, trust_remote_code)
         else:
             tokenizer = _given_tokenizer(tokenizer)
-        source = Source(loaded, tokenizer, str(model))
+        stored = None if files is None else plan_of(name, loaded, files)
+        source = Source(loaded, tokenizer, str(model), stored)
     else:
         check_supported(model)
         tokenizer = None if tokenizer is None else _given_tokenizer(tokenizer)
@@ -154,12 +166,21 @@ def _load_config(name: str, options: dict[str, Any]) -> PretrainedConfig:
 
 
 def _load(
-    name: str, dtype: torch.dtype | None, config: PretrainedConfig, options: dict[str, Any]
+    name: str,
+    dtype: torch.dtype | None,
+    config: PretrainedConfig,
+    options: dict[str, Any],
+    files: QuantizedFiles | None,
 ) -> PreTrainedModel:
+    """files: of a checkpoint that is quantized; the config says nothing of that any more."""
     kind = auto_class(config)
     if kind is AutoModel:
         options = {**options, **without_pooler(MODEL_MAPPING[type(config)])}
-    with nullcontext() if dtype in (None, config.dtype) else _unmapped():
+    opened = nullcontext() if dtype in (None, config.dtype) else _opened_by(_unmapped)
+    if files is not None:
+        options = {**options, "config": config, "use_safetensors": True}
+        opened = _opened_by(files.open)
+    with opened:
         # weights_only is said though it is the default: unpickling anything else runs its code.
         model, report = kind.from_pretrained(
             name,
@@ -182,19 +203,20 @@ def _load(
     return model.eval()
 
 
-@contextmanager
-def _unmapped() -> Iterator[None]:
-    """Let transformers read tensors from files instead of mapping these.
+def _unmapped(*args: Any, **kwargs: Any) -> Any:
+    """Read tensors from a file instead of mapping it.
 
     Mapped pages stay as long as the file is open: after a conversion to another dtype the whole
     checkpoint would lie in memory beside its copy.
     """
+    return safe_open(*args, **{**kwargs, "backend": "pread"})
 
-    def read(*args: Any, **kwargs: Any) -> Any:
-        return safe_open(*args, **{**kwargs, "backend": "pread"})
 
+@contextmanager
+def _opened_by(opener: Callable[..., Any]) -> Iterator[None]:
+    """Let transformers open safetensors files with this."""
     with _patching:
-        before, modeling_utils.safe_open = modeling_utils.safe_open, read
+        before, modeling_utils.safe_open = modeling_utils.safe_open, opener
         try:
             yield
         finally:

@@ -45,7 +45,8 @@ from inlay.lowering.guards import (
 from inlay.lowering.loading import Source, load_pooling, load_source
 from inlay.lowering.options import CompileOptions, check_against_model
 from inlay.lowering.partition import partition
-from inlay.lowering.quantization import make_plan, quantized_references, write_samples
+from inlay.lowering.quantization import check_unquantized, make_plan, write_samples
+from inlay.lowering.quantization_check import quantized_references
 from inlay.lowering.rope import data_dependent
 from inlay.passes.graph import copy_graph
 from inlay.passes.pass_manager import (
@@ -99,6 +100,7 @@ def lower(
     check_target(target)
     with phase("load"):
         source = load_source(model, options.dtype, tokenizer, options.trust_remote_code)
+        check_unquantized(options.quantization, source)
         del model
     backend.prepare()
     name, hf = source.name, source.model
@@ -132,7 +134,9 @@ def lower(
             captured.sources = {**captured.sources, **plan.given}
             before = copy_graph(captured.graph)
             reports += run_passes(captured.graph, [quantization(plan)], every_pass)
-            references = quantized_references(before, captured.graph, references, check)
+            references = quantized_references(
+                before, captured.graph, references, check, plan is source.stored
+            )
             del before
             errors["quantization"] = references.rounding
     with phase("partition"):

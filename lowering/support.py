@@ -116,14 +116,14 @@ def auto_class(config: PretrainedConfig) -> Any:
 
 
 def check_config(config: PretrainedConfig) -> None:
-    """Raises UnsupportedModelError for a quantized checkpoint."""
+    """Raises UnsupportedModelError for the config of a model in memory that is quantized."""
     for name in ("quantization_config", "compression_config"):
         if (how := getattr(config, name, None)) is not None:
             facts = how.to_dict() if hasattr(how, "to_dict") else how
             method = facts.get("quant_method") if isinstance(facts, dict) else facts
             raise UnsupportedModelError(
-                f"checkpoints quantized with {method!r} ({name}) are not supported; take the "
-                "float32, bfloat16 or float16 one"
+                f"models quantized with {method!r} ({name}) in memory are not supported; give the "
+                "checkpoint's directory or hub id, or take the float32, bfloat16 or float16 one"
             )
 
 

@@ -51,7 +51,7 @@ def quantize(gm: GraphModule, plan: Plan) -> int:
     """
     count = 0
     for node, scheme in targets(gm, plan):
-        if reason := _refusal(node, scheme):
+        if reason := _disagreement(gm, node, plan) or _refusal(node, scheme, plan):
             refuse(gm, node, reason)
             continue
         rewrite = {LINEAR: _linear, EXPERTS: _experts, EMBEDDING: _embedding}[node.target]
@@ -77,7 +77,8 @@ def targets(gm: GraphModule, plan: Plan) -> list[tuple[Node, Scheme]]:
 
 def accepted(gm: GraphModule, plan: Plan) -> list[tuple[Node, Scheme]]:
     """Of the targets, those whose sizes allow it."""
-    return [(node, scheme) for node, scheme in targets(gm, plan) if not _refusal(node, scheme)]
+    found = targets(gm, plan)
+    return [(node, scheme) for node, scheme in found if not _refusal(node, scheme, plan)]
 
 
 def head_of(gm: GraphModule) -> Node | None:
@@ -99,10 +100,9 @@ def _scheme(
 ) -> Scheme | None:
     names = [leaf for w in weights for leaf in leaves(w.meta["weight"], gm.meta["recipes"])]
     if plan.schemes:
-        schemes = {plan.schemes.get(name) for name in names}
-        if len(schemes) > 1:
-            refuse(gm, node, f"its parts are quantized unlike each other: {', '.join(names)}")
-        return schemes.pop() if len(schemes) == 1 else None
+        scheme = next((plan.schemes[name] for name in names if name in plan.schemes), None)
+        # An embedding may be tied to an LM head, whose scheme it is; rows are looked up in int8.
+        return scheme if is_call(node, LINEAR, EXPERTS) or scheme == Scheme("int8") else None
     config = plan.config
     if config is None or config.ignores(names):
         return None
@@ -118,7 +118,7 @@ def _is_vocabulary(node: Node) -> bool:
     return node.args[1].meta.get("input") == "input_ids"
 
 
-def _refusal(node: Node, scheme: Scheme) -> str:
+def _refusal(node: Node, scheme: Scheme, plan: Plan) -> str:
     """Why a layer cannot be quantized so; "" where it can."""
     for weight in weights_of(node):
         shape = [int(size) for size in fake(weight).shape[-2:]]
@@ -128,9 +128,33 @@ def _refusal(node: Node, scheme: Scheme) -> str:
             continue
         if any(size % MULTIPLE for size in shape):
             return f"its sizes {shape} are not multiples of {MULTIPLE}"
-        if scheme.group_size and shape[1] % scheme.group_size:
+        if not plan.schemes and scheme.group_size and shape[1] % scheme.group_size:
             return f"its {shape[1]} inputs are not a multiple of group_size {scheme.group_size}"
     return ""
+
+
+def _disagreement(gm: GraphModule, node: Node, plan: Plan) -> str:
+    """Why the given parts of weights that go together do not fit each other; "" where they do."""
+    fused = [leaves(weight.meta["weight"], gm.meta["recipes"]) for weight in weights_of(node)]
+    together = ", ".join(name for names in fused for name in names)
+    if plan.schemes:
+        schemes = [{plan.schemes.get(name) for name in names} for names in fused]
+        activations = {one.activation if one else "" for some in schemes for one in some}
+        if len(activations) > 1 or any(len(some) > 1 for some in schemes):
+            return f"its parts are quantized unlike each other: {together}"
+    for names in fused:
+        shared = ["order", "input_zero"]
+        if any(f"{name}.input_zero" in plan.given for name in names):
+            shared.append("input_scale")
+        for part in shared:
+            first, *rest = [plan.given.get(f"{name}.{part}") for name in names]
+            if any(not _equal(first, other) for other in rest):
+                return f"its parts want inputs of unlike {part}: {together}"
+    return ""
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def _linear(gm: GraphModule, node: Node, scheme: Scheme, plan: Plan) -> Node:

@@ -176,8 +176,8 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
         r"Python code of its own .*configuration_x\.X.*trust_remote_code=True \(--trust-remote",
     ),
     "quantized": (
-        {"quantization_config": {"quant_method": "awq", "bits": 4}},
-        r"quantized with 'awq' \(quantization_config\) are not supported",
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        r"quantized with 'bitsandbytes' \(quantization_config\), which is not supported",
     ),
     "quantized, in words": ({"compression_config": "fp8"}, r"quantized with 'fp8' \(compression_"),
 }

@@ -10,7 +10,7 @@ import torch
 
 from inlay import LLM, Engine, SamplingParams, compile_model
 from inlay.errors import OptionError, VerificationError
-from inlay.lowering import quantization as judged
+from inlay.lowering import quantization_check as judged
 from inlay.passes import weights
 from tests.quantizable import build_quantizable
 
@@ -115,8 +115,8 @@ def test_an_engine_that_differs_from_the_quantized_graph_is_caught(
     """What goes wrong behind the check of the layers: here the weights that are written."""
     right = judged.quantized_references
 
-    def corrupting(before: Any, after: Any, *args: Any) -> Any:
-        references = right(before, after, *args)
+    def corrupting(before: Any, after: Any, *args: Any, **kwargs: Any) -> Any:
+        references = right(before, after, *args, **kwargs)
         for recipe in after.meta["recipes"].values():
             if recipe["op"] == "quantize" and recipe["part"] == "scales":
                 recipe["part"] = "scales"
