@@ -16,7 +16,7 @@ from inlay.lowering.guards import References
 from inlay.lowering.loading import Source
 from inlay.passes.check import Check, first_output
 from inlay.passes.graph import module_of
-from inlay.passes.quantize.config import NONE, QuantizationConfig
+from inlay.passes.quantize.config import NONE, QuantizationConfig, Scheme
 from inlay.passes.quantize.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ or of another layer are beyond."""
 
 STORED_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """The same of a checkpoint's own numbers, where inputs are not rounded: the layer before has these
-rounded to the engine's dtype, nothing else differs. In float32 sums are taken in another order."""
+rounded to the engine's dtype, nothing else differs. In float32 sums are taken in another order.
+Static scales are of its calibration texts, and may cut much off what random tokens give."""
 
 
 def check_unquantized(quantization: Any, source: Source) -> None:
@@ -141,21 +142,35 @@ class _LayerCheck(Interpreter):
         name, scheme = n.meta["quantized"]
         before = self._expected[name]
         error = _median_error(before, result)
-        limit = LAYER_LIMITS[scheme.activation][scheme.weight]
-        advice = (
-            f"leave it out (ignore={module_of(n)}), or take groups, smoothquant or another format"
-        )
-        if self._stored:
-            advice = "the checkpoint's activation scales are not for this model, or are damaged"
-            if scheme.activation == NONE:
-                limit = STORED_LIMITS[before.dtype]
-                advice = "this is a fault of the checkpoint's reader, please report it"
+        limit, advice = self._limit(n, scheme, before.dtype)
         if not error <= limit:
             raise VerificationError(
                 f"quantization spoils layer {module_of(n)}: in the median token its output is off "
                 f"by {error:.2g} of its size, allowed is {limit:.2g} for {scheme}; {advice}"
             )
+        if self._stored and error > max(LAYER_LIMITS[scheme.activation].values()):
+            logger.warning(
+                "the checkpoint's activation scale of %s cuts much off the inputs that random "
+                "tokens give: its output is off by %.2g of its size",
+                module_of(n),
+                error,
+            )
         return before
+
+    def _limit(self, n: Node, scheme: Scheme, dtype: torch.dtype) -> tuple[float, str]:
+        """The error allowed, and what to do about a larger one."""
+        if self._stored and scheme.activation == NONE:
+            fault = "this is a fault of the checkpoint's reader, please report it"
+            return STORED_LIMITS[dtype], fault
+        limit = LAYER_LIMITS[scheme.activation][scheme.weight]
+        if self._stored:
+            damaged = "the checkpoint's activation scales are not for this model, or are damaged"
+            return (UNRELATED if scheme.static else limit), damaged
+        where = module_of(n)
+        return (
+            limit,
+            f"leave it out (ignore={where}), or take groups, smoothquant or another format",
+        )
 
 
 def _median_error(expected: torch.Tensor, got: torch.Tensor) -> float:

@@ -219,7 +219,7 @@ def test_quantized_checkpoints() -> None:
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     refuse(
         model,
-        r"quantized with 'gptq' \(quantization_config\) in memory are not supported; give the check",
+        r"quantized with 'gptq' \(quantization_config\) in memory are not supported; give the",
     )
 
 
