@@ -7,6 +7,7 @@ itself, and the engine is then compared with the graph.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -35,7 +36,10 @@ wrong layer are beyond. Experts are two products, and may have twice as much."""
 
 STORED_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """The same of a checkpoint's own numbers, where inputs are not rounded: the layer before has these
-rounded to the engine's dtype, nothing else differs. In float32 sums are taken in another order."""
+rounded to the engine's dtype, nothing else differs. In float32 sums are taken in another order.
+Static scales are of calibration texts, and may cut much off what random tokens give."""
+
+logger = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
@@ -114,24 +118,37 @@ class _LayerCheck(Interpreter):
         name, scheme = n.meta["quantized"]
         before = self._expected[name]
         error = _median_error(before, result)
-        limit = _limit(n, scheme)
-        advice = (
-            f"leave it out (ignore={module_of(n)}), or take groups, smoothquant or another format"
-        )
-        if self._stored:
-            advice = "the checkpoint's activation scales are not for this model, or are damaged"
-            if scheme.activation == NONE:
-                limit = STORED_LIMITS[before.dtype]
-                advice = "this is a fault of the checkpoint's reader, please report it"
+        limit, advice = self._limit(n, scheme, before.dtype)
         if not error <= limit:
             raise VerificationError(
                 f"quantization spoils layer {module_of(n)}: in the median token its output is off "
                 f"by {error:.2g} of its size, allowed is {limit:.2g} for {scheme}; {advice}"
             )
+        if scheme.static and error > ROUNDED_INPUTS:
+            logger.warning(
+                "the activation scale of %s cuts much off the inputs that random tokens give: its "
+                "output is off by %.2g of its size",
+                module_of(n),
+                error,
+            )
         return before
 
+    def _limit(self, node: Node, scheme: Scheme, dtype: torch.dtype) -> tuple[float, str]:
+        """The error allowed, and what to do about a larger one."""
+        if self._stored and scheme.activation == NONE:
+            fault = "this is a fault of the checkpoint's reader, please report it"
+            return STORED_LIMITS[dtype], fault
+        limit = UNRELATED if scheme.static else rounding_limit(node, scheme)
+        if self._stored:
+            return limit, "the checkpoint's activation scales are damaged, or of another model"
+        where = module_of(node)
+        return limit, (
+            f"leave it out (ignore={where}), or take groups, smoothquant or another format"
+        )
 
-def _limit(node: Node, scheme: Scheme) -> float:
+
+def rounding_limit(node: Node, scheme: Scheme) -> float:
+    """How far from its layer a quantized layer's output may be, see LAYER_LIMITS."""
     limit = LAYER_LIMITS[scheme.weight]
     if scheme.weight == "int4" and not scheme.group_size:
         limit = ROUGH_LIMIT

@@ -70,7 +70,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Format, Scheme]] = {
     "w8a8 static zero": (
         "llama",
         SIZES,
-        w8a8({**STATIC, "symmetric": False}, 0.03, 40),
+        w8a8({**STATIC, "symmetric": False}, 0.1, 40),
         Scheme("int8", "int8", static=True, activation_symmetric=False),
     ),
     "fp8": ("llama", SIZES, fp8("channel", TOKEN), Scheme("fp8", "fp8")),
@@ -186,7 +186,7 @@ def int8_by_token(x: Tensor) -> Tensor:
 
 
 def int8_static(x: Tensor) -> Tensor:
-    return ((x / 0.03).round() + 40).clamp(-128, 127).sub(40) * 0.03
+    return ((x / 0.1).round() + 40).clamp(-128, 127).sub(40) * 0.1
 
 
 def fp8_of_groups(x: Tensor) -> Tensor:
