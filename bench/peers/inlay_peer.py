@@ -26,7 +26,9 @@ def prepare(checkpoint: Path, directory: Path, job: dict[str, Any]) -> None:
     options = dict(job.get("options", {}))
     if job.get("quantization"):
         options["quantization"] = job["quantization"]
-    compile_model(checkpoint, job["backend"], dtype="bfloat16", **options).save(directory / "engine")
+    compile_model(checkpoint, job["backend"], dtype="bfloat16", **options).save(
+        directory / "engine"
+    )
 
 
 class Model:

@@ -1,4 +1,4 @@
-"""vLLM on the CPU: continuous batching, torch.compile, W8A8 from a compressed-tensors checkpoint."""
+"""vLLM on the CPU: continuous batching, torch.compile; W8A8 as compressed-tensors have it."""
 
 from __future__ import annotations
 
