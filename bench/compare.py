@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 
 from inlay.backends.cache import cache_dir
+from inlay.bench.peers.check import save_checkpoint
+from inlay.bench.peers.conditions import conditions_of, cpu_name
 from inlay.bench.peers.environments import ENVIRONMENTS, peer_python
 from inlay.bench.peers.measure import (
     Record,
@@ -33,7 +34,7 @@ from inlay.bench.peers.summary import result_of, table_of
 from inlay.bench.peers.systems import QUANTIZATIONS, Workplace, systems_of
 from inlay.bench.peers.workloads import DECODE_PROMPT, DECODE_TOKENS, Workload, make_workloads
 from inlay.bench.roofline import decode_bytes
-from inlay.bench.shapes import SHAPES, save_shape
+from inlay.bench.shapes import SHAPES
 from inlay.engine import Engine
 from inlay.errors import BuildError, OptionError
 
@@ -81,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     directory = arguments.peers_dir or cache_dir() / "peers"
     checkpoint = Path(arguments.model)
     if arguments.model in SHAPES:
-        checkpoint = save_shape(arguments.model, directory / "models" / arguments.model)
+        checkpoint = save_checkpoint(arguments.model, directory / "models" / arguments.model)
     elif not (checkpoint / "config.json").is_file():
         raise OptionError(
             f"model must be a checkpoint's directory or one of {', '.join(SHAPES)}, got "
@@ -166,34 +167,8 @@ def report(
         with arguments.output.open("a") as stream:
             stream.write(text + "\n")
     if arguments.svg:
-        arguments.svg.write_text(draw(results, conditions(line)))
+        arguments.svg.write_text(draw(results, conditions_of(line)))
     print(text)
-
-
-def conditions(line: dict[str, Any]) -> list[str]:
-    """Lines below the picture."""
-    versions: dict[str, str] = {}
-    for result in line["results"]:
-        for system in result["systems"].values():
-            versions |= system.get("versions", {})
-    speeds = [speed for result in line["results"] for speed in result["read_gb_s"]]
-    memory = f", memory read at {min(speeds)}-{max(speeds)} GB/s" if speeds else ""
-    return [
-        f"{line['model']}, {line['cpu']}, {line['threads']} threads{memory}",
-        f"Medians of {line['repeats']} interleaved repeats; outputs checked with Hugging Face in "
-        "float32.",
-        ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
-    ]
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                flags = torch.backends.cpu.get_cpu_capability()
-                return f"{line.partition(':')[2].strip()} ({flags})"
-    return platform.processor()
 
 
 def check_choices(name: str, given: list[str], allowed: tuple[str, ...]) -> None:

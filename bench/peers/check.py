@@ -12,14 +12,32 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from inlay.bench.shapes import build_shape
+
 NEAR = 0.1
 """A near tie: the reference's logit of the token is this close to its best one, in standard
-deviations of the row. The best of 32,000 random logits leads the next by 0.25 on average, and
-bfloat16 moves them by some 0.03."""
+deviations of the row. The best of 32,000 random logits leads the next by 0.25 on average."""
 
-LEAST_NEAR = {"fp32": 0.99, "bf16": 0.9, "int8": 0.6, "int4": 0.1}
-"""Of the tokens, by precision, for an output to count: far below what a right implementation of
-random weights gives, and far above the chance of a wrong one, 1e-4."""
+MOST_DEFICIT = {"bf16": 0.05, "int8": 0.2, "int4": 2.0}
+"""By precision, for figures to count: several times what rounding to nearest costs a model of 24
+layers of `save_checkpoint` (0.004, 0.011 and, in groups of 32, 1.1), and below the 4 of tokens
+that have nothing to do with the model."""
+
+QUERY_KEY_GAIN = 0.5
+
+
+def save_checkpoint(shape: str, directory: Path) -> Path:
+    """A checkpoint of this shape unless it is there; random, with calmer attention than
+    `save_shape` makes: there 24 layers amplify rounding so much that bfloat16 changes every second
+    token, and int4 gives tokens that say nothing."""
+    if not (directory / "config.json").is_file():
+        model = build_shape(shape)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(("q_proj.weight", "k_proj.weight")):
+                    parameter.mul_(QUERY_KEY_GAIN)
+        model.save_pretrained(directory)
+    return directory
 
 
 @dataclass(frozen=True)
@@ -34,7 +52,7 @@ class Score:
     num_tokens: int
 
     def is_right(self, precision: str) -> bool:
-        return self.near >= LEAST_NEAR[precision]
+        return self.deficit <= MOST_DEFICIT[precision]
 
 
 class Reference:

@@ -14,6 +14,9 @@ START = {"cold_start": "cold start, s", "warm_start": "warm start, s"}
 """Figures that are better when they are lower: seconds to the first token."""
 
 
+SCORES = ("top1", "near", "deficit")
+
+
 def figures_of(record: Record) -> dict[str, float]:
     """Medians, by workload; cold_start with the preparation, since there is no start without."""
     figures = {name: statistics.median(values) for name, values in record.figures.items()}
@@ -77,7 +80,7 @@ def table_of(result: Mapping[str, Any], workloads: Sequence[Workload]) -> str:
     titles = {workload.name: f"{workload.name}, {workload.unit}" for workload in workloads} | START
     systems = result["systems"]
     names = [name for name in titles if any(name in s["figures"] for s in systems.values())]
-    head = [result["precision"], *(titles[name] for name in names), "peak MB", "top-1", "near"]
+    head = [result["precision"], *(titles[name] for name in names), "peak MB", *SCORES]
     rows = []
     for name, system in systems.items():
         if system["error"]:
@@ -86,7 +89,7 @@ def table_of(result: Mapping[str, Any], workloads: Sequence[Workload]) -> str:
         score = system["score"] or {}
         label = name if system["counts"] else f"{name} (wrong tokens: does not count)"
         values = [f"{system['figures'].get(n, float('nan')):.4g}" for n in names]
-        shares = [f"{score[n]:.3f}" if n in score else "" for n in ("top1", "near")]
+        shares = [f"{score[n]:.3f}" if n in score else "" for n in SCORES]
         rows.append([label, *values, f"{system.get('peak_rss_mb', float('nan')):.0f}", *shares])
     text = _markdown(head, rows)
     ratios = [

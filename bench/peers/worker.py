@@ -84,7 +84,9 @@ class Worker:
         return answer
 
     def pause(self) -> None:
+        """Returns when it stands still."""
         self._signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def close(self) -> None:
         self._signal(signal.SIGKILL)
