@@ -64,24 +64,38 @@ struct QuantizedProduct {
   char* y;             // [rows, out_features]
 };
 
+constexpr int64_t kMaxPartRows = 192;
+
+// What one call computes: at most kMaxPartRows rows, some blocks.
+struct Part {
+  int64_t first_row, last_row, first_block, last_block;
+};
+
 struct Rows {
   DType dtype;
   const char* from;  // [rows, in_features], contiguous
   char* to;
   int64_t in_features, to_stride;
+  int64_t group_size;  // of groups whose sums are wanted too, or 0
 };
 
-struct QuantizedKernels {
-  // Rows [first, last) to int8 or e4m3 and a scale each, as passes/quantized_ops.py's quantizers.
-  void (*quantize)(DType to, const Rows&, float* scales, int64_t first, int64_t last);
+struct ProductKernels {
   // Whether x of this dtype is taken, times groups of this size.
-  bool (*takes)(Format, DType x, int64_t group_size);
+  bool (*takes)(Format, DType x, int64_t group_size, int64_t in_features);
   // Bytes of a row of x as multiply wants it.
-  int64_t (*row_bytes)(Format, int64_t in_features);
+  int64_t (*row_bytes)(Format, int64_t in_features, int64_t groups);
   // Rows [first, last) of x into that form.
   void (*prepare)(Format, const Rows&, int64_t first, int64_t last);
-  // Outputs of the blocks [first, last) of all rows. A row's result depends on nothing else.
-  void (*multiply)(const QuantizedProduct&, int64_t first, int64_t last);
+  // A row's result depends on nothing but that row and the weight, so not on the part it is in.
+  void (*multiply)(const QuantizedProduct&, const Part&);
+};
+
+// Rows [first, last) to int8 or e4m3 and a scale each, as passes/quantized_ops.py's quantizers.
+using Quantize = void (*)(DType to, const Rows&, float* scales, int64_t first, int64_t last);
+
+struct QuantizedKernels {
+  Quantize quantize;
+  ProductKernels products;  // take everything
 };
 
 namespace portable {
@@ -92,6 +106,9 @@ extern const QuantizedKernels quantized_kernels;
 }
 namespace avx512 {
 extern const QuantizedKernels quantized_kernels;
+}
+namespace avx512_dot {  // of a CPU that also has VNNI, BF16 and VBMI
+extern const ProductKernels product_kernels;
 }
 
 }  // namespace inlay

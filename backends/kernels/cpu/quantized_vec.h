@@ -53,8 +53,8 @@ INLAY_INLINE VecF rounded(VecF v) {
 }
 
 // Writes a row's outputs of a block: its sums, scaled where they are integers, plus the bias.
-INLAY_INLINE void finish_row(const QuantizedProduct& p, int64_t row, int64_t block,
-                             const VecF* sums) {
+INLAY_NOINLINE static void finish_row(const QuantizedProduct& p, int64_t row, int64_t block,
+                                      const VecF* sums) {
   const int64_t begin = block * kCodeBlock;
   for (int i = 0; i < kBlockVecs; ++i) {
     const int64_t at = begin + i * kLanes, count = p.out_features - at;

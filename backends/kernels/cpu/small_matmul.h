@@ -9,7 +9,7 @@
 
 namespace inlay {
 
-constexpr int64_t kSmallMatmulRows = 4;    // beyond it oneDNN wins
+constexpr int64_t kSmallMatmulRows = 64;   // beyond it oneDNN wins
 constexpr int64_t kSmallMatmulBlock = 32;  // outputs in a block
 
 struct SmallMatmul {
