@@ -5,10 +5,7 @@
 
 namespace {
 
-using inlay::kTileBytes;
-using inlay::Part;
 using inlay::Place;
-using inlay::Rows;
 
 constexpr int kDotRows = kLanes == 16 ? 8 : kLanes == 8 ? 3 : 1;  // what registers hold
 constexpr int kPanel = 256;  // inputs widened at a time: 256 * 128 * 128 is exact in float32
@@ -34,6 +31,7 @@ constexpr Table make_table() {
   for (int i = 0; i < 256; ++i)
     table.values[i] = format == Format::kFloat8 ? float8_value(i)
                       : format == Format::kInt4 ? (i & 15)
+                      : format == Format::kInt8 ? i - 128
                                                 : (i < 128 ? i : i - 256);
   return table;
 }

@@ -92,7 +92,6 @@ GroupedRows prepare_side(const CodedSide& side, const Tensor& x) {
   p.format = w.format;
   p.in_features = width;
   p.group_size = width / side.scale.size(1);
-  if (side.zero) p.zero = static_cast<const uint8_t*>(side.zero->const_data_ptr());
   if (!side.quantizes) return {prepare_rows(p, dtype, source.const_data_ptr(), rows), {}};
   const DType to = w.format == Format::kIntegers ? DType::kInt8 : DType::kFloat8;
   const Tensor q = at::empty({rows, width}, at::TensorOptions(at::kByte));

@@ -9,7 +9,10 @@ namespace {
 using inlay::DType;
 using inlay::Format;
 using inlay::kCodeBlock;
+using inlay::kTileBytes;
+using inlay::Part;
 using inlay::QuantizedProduct;
+using inlay::Rows;
 
 constexpr int kBlockVecs = kCodeBlock / kLanes;
 

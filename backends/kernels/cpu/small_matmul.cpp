@@ -3,6 +3,8 @@
 #if defined(__AVX512BF16__)
 #include "dot_rows.h"
 
+#include <cpuid.h>
+
 namespace inlay {
 namespace {
 
@@ -14,12 +16,11 @@ inline __m512 load_bias(const uint16_t* from) {
 
 template <int Count>
 void multiply_block(const SmallMatmul& m, int64_t row, int64_t block) {
-  const int64_t stride = m.in_features * int64_t{sizeof(uint16_t)};
+  const int64_t bytes = kSmallMatmulBlock * m.in_features * int64_t{sizeof(uint16_t)};
   __m512 sums[Count][2];
   for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
-  add_steps<BFloat16Dot, Count>(sums, reinterpret_cast<const char*>(m.x) + row * stride, stride,
-                                reinterpret_cast<const char*>(m.w) +
-                                    block * kSmallMatmulBlock * stride,
+  add_steps<BFloat16Dot, Count>(sums, m.x + row * m.x_stride, m.x_stride,
+                                reinterpret_cast<const char*>(m.w) + block * bytes,
                                 m.in_features / 2);
   for (int half = 0; half < 2; half++) {
     const int64_t column = block * kSmallMatmulBlock + half * 16;
@@ -33,13 +34,24 @@ void multiply_block(const SmallMatmul& m, int64_t row, int64_t block) {
 
 }  // namespace
 
-bool small_matmul_supported() { return __builtin_cpu_supports("avx512bf16"); }
+bool small_matmul_supported() {
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+}
 
-void small_matmul(const SmallMatmul& m, int64_t first, int64_t last) {
+bool has_bfloat16_tiles() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & 1u << 22);
+}
+
+void small_matmul(const SmallMatmul& m, int64_t first_row, int64_t last_row, int64_t first,
+                  int64_t last) {
   using Multiply = void (*)(const SmallMatmul&, int64_t, int64_t);
   static constexpr Multiply by_rows[kDotRows] = INLAY_BY_ROWS(multiply_block);
   for (int64_t block = first; block < last; block++)
-    over_rows(0, m.rows, [&](int64_t row, int count) { by_rows[count - 1](m, row, block); });
+    over_rows<kDotRows>(first_row, last_row, [&](int64_t row, int count) {
+      by_rows[count - 1](m, row, block);
+    });
 }
 
 }  // namespace inlay
@@ -48,7 +60,8 @@ void small_matmul(const SmallMatmul& m, int64_t first, int64_t last) {
 
 namespace inlay {
 bool small_matmul_supported() { return false; }
-void small_matmul(const SmallMatmul&, int64_t, int64_t) {}
+bool has_bfloat16_tiles() { return false; }
+void small_matmul(const SmallMatmul&, int64_t, int64_t, int64_t, int64_t) {}
 }  // namespace inlay
 
 #endif
