@@ -67,6 +67,7 @@ _ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "portable": [],
 }
+_DOT_FLAGS = ("-mavx512bf16", "-mavx512vnni", "-mavx512vbmi")
 _STAMP = re.compile(rb"inlay_cpu/(\d+)/([0-9a-f]{16})")
 
 
@@ -136,9 +137,12 @@ def _units() -> tuple[_Unit, ...]:
     )
     # NaN and infinity keep their meaning (no -ffast-math); errno and traps do not matter.
     kernel_flags = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+    isa_flags = (*_ISA_FLAGS["avx512"], *_DOT_FLAGS, "-DINLAY_ISA=avx512_dot") if x86 else ()
+    dot_flags = (*kernel_flags, *isa_flags)
     return (
         _Unit("ops.cpp", "ops", torch_flags),
-        _Unit("small_matmul.cpp", "small_matmul", ("-mavx512f", "-mavx512bf16") if x86 else ()),
+        _Unit("small_matmul.cpp", "small_matmul", dot_flags),
+        *((_Unit("quantized_dot.cpp", "quantized_dot", dot_flags),) if x86 else ()),
         *(
             _Unit(f"{name}.cpp", f"{name}_{isa}", (*kernel_flags, *flags, f"-DINLAY_ISA={isa}"))
             for name in ("attention", "experts", "quantized")

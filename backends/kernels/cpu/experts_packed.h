@@ -1,7 +1,7 @@
 // Weights of experts, packed one by one, and products of rows that are grouped by expert.
 //
-// Only the chosen experts' weights are read. Few rows of an expert go through small_matmul, all
-// experts' blocks in one parallel loop; more go through oneDNN, an expert at a time. A token's
+// Only the chosen experts' weights are read. Rows go through small_matmul, all experts' blocks in
+// one parallel loop; where it does not take them through oneDNN, an expert at a time. A token's
 // result depends on no other token but through the kind of product that its experts' rows take.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace inlay {
 namespace {
 
 constexpr int64_t kExpertsMagic = 0x31305850584C4E49;  // "INLXPX01"
-constexpr int64_t kSmallExpertRows = 16;               // of one expert; beyond it oneDNN wins
+constexpr int64_t kSmallExpertRows = 16;               // of one expert; beyond it AMX wins
 
 // As Packed: the head of it is what a handle shows.
 struct alignas(64) PackedExperts {
@@ -65,7 +65,7 @@ struct Group {
   int64_t begin, rows, padded;
 
   bool small(const PackedExperts& w) const {
-    return w.experts[expert]->pairs && !w.experts[expert]->fixed_rows && rows <= kSmallExpertRows;
+    return takes_rows(*w.experts[expert], rows, kSmallExpertRows);
   }
 };
 
@@ -138,14 +138,12 @@ void multiply_small(const Grouping& grouping, const PackedExperts& w, const Tens
                    [&](int64_t first, int64_t last) {
     for (int64_t unit = first; unit < last; unit++) {
       const Group& g = *groups[unit / blocks];
-      for (int64_t row = 0; row < g.rows; row += kSmallMatmulRows) {
-        const SmallMatmul product{from + (g.begin + row) * w.in_features,
-                                  w.experts[g.expert]->pairs, nullptr,
-                                  to + (g.begin + row) * w.out_features,
-                                  std::min(kSmallMatmulRows, g.rows - row), w.in_features,
-                                  w.out_features};
-        small_matmul(product, unit % blocks, unit % blocks + 1);
-      }
+      const int64_t stride = w.in_features * int64_t{sizeof(uint16_t)};
+      const SmallMatmul product{reinterpret_cast<const char*>(from) + g.begin * stride,
+                                w.experts[g.expert]->pairs, nullptr,
+                                to + g.begin * w.out_features, g.rows, w.in_features,
+                                w.out_features, stride};
+      small_matmul(product, 0, g.rows, unit % blocks, unit % blocks + 1);
     }
   });
 }

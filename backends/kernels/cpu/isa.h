@@ -20,6 +20,7 @@ struct Isa {
   const Kernels* kernels;
   const ExpertsKernels* experts;
   const QuantizedKernels* quantized;
+  const ProductKernels* products;  // for what they take, or null
   bool supported;
 };
 
@@ -34,13 +35,16 @@ const std::vector<Isa>& isas() {
     const bool widest = wide && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq");
+    const bool dots = widest && __builtin_cpu_supports("avx512bf16") &&
+                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
     found.push_back({"avx512", &avx512::kernels, &avx512::experts_kernels,
-                     &avx512::quantized_kernels, widest});
+                     &avx512::quantized_kernels, dots ? &avx512_dot::product_kernels : nullptr,
+                     widest});
     found.push_back(
-        {"avx2", &avx2::kernels, &avx2::experts_kernels, &avx2::quantized_kernels, wide});
+        {"avx2", &avx2::kernels, &avx2::experts_kernels, &avx2::quantized_kernels, nullptr, wide});
 #endif
     found.push_back({"portable", &portable::kernels, &portable::experts_kernels,
-                     &portable::quantized_kernels, true});
+                     &portable::quantized_kernels, nullptr, true});
     return found;
   }();
   return all;

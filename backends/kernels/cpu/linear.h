@@ -15,8 +15,11 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <memory>
+#include <mutex>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -77,6 +80,40 @@ void use_huge_pages(int64_t address, int64_t num_bytes) {
 #endif
 }
 
+// Memory for packed weights, many in a row: those of less than a few MB get huge pages too, and no
+// page is read for its half. It is given back when the last weight in it is gone.
+struct Slab {
+  explicit Slab(int64_t bytes) : size(bytes), memory(std::aligned_alloc(kAlignment, bytes)) {
+    TORCH_CHECK(memory, "inlay_cpu: no memory for ", bytes, " bytes of packed weights");
+#if defined(__linux__)
+    madvise(memory, size, MADV_HUGEPAGE);
+#endif
+  }
+  ~Slab() { std::free(memory); }
+  Slab(const Slab&) = delete;
+  Slab& operator=(const Slab&) = delete;
+
+  static constexpr int64_t kAlignment = 2 << 20;
+  int64_t size, used = 0;
+  void* memory;
+};
+
+Tensor allocate_packed(int64_t num_bytes) {
+  constexpr int64_t kSlab = 32 << 20, kLine = 64;
+  static std::mutex mutex;
+  static std::weak_ptr<Slab> last;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::shared_ptr<Slab> slab = last.lock();
+  if (!slab || slab->size - slab->used < num_bytes) {
+    const int64_t least = (num_bytes + Slab::kAlignment - 1) / Slab::kAlignment * Slab::kAlignment;
+    slab = std::make_shared<Slab>(std::max(kSlab, least));
+    last = slab;
+  }
+  void* at = static_cast<char*>(slab->memory) + slab->used;
+  slab->used += (num_bytes + kLine - 1) / kLine * kLine;
+  return at::from_blob(at, {num_bytes}, [slab](void*) {}, at::TensorOptions(at::kByte));
+}
+
 constexpr int64_t kBytesPerTask = 1 << 16;  // less is not worth waking a thread
 
 template <class Body>
@@ -104,18 +141,49 @@ const uint16_t* readable_pairs(const Packed& p, const Tensor& weight) {
   return equal ? packed : nullptr;
 }
 
+// Whether our own products are chosen: always where oneDNN has no AMX to offer (measured on Zen 4
+// from 1 to 1,024 rows), then fixed or not, since they sum each row in one order; else up to `few`.
+bool takes_rows(const Packed& p, int64_t rows, int64_t few) {
+  static const bool always = !has_bfloat16_tiles();
+  return p.pairs && (always || (!p.fixed_rows && rows <= few));
+}
+
+// Rows that go together: as many as leave room in a core's L2 for the weights that pass by.
+int64_t rows_at_once(int64_t row_bytes) {
+  constexpr int64_t kBytes = 384 << 10, kStep = 12, kMost = 192;
+  return std::clamp<int64_t>(kBytes / row_bytes / kStep * kStep, 2 * kStep, kMost);
+}
+
+// Contiguous rows of x, apart by a number of bytes that puts them into different places of L1.
+Tensor spread_rows(const Tensor& x) {
+  const int64_t width = x.size(-1), line = 64 / x.element_size();
+  if (x.numel() / width <= 4 || width * x.element_size() % 1024) return x.contiguous();
+  Tensor spread = at::empty({x.numel() / width, width + line}, x.options()).narrow(1, 0, width);
+  return spread.copy_(x.reshape({-1, width}));
+}
+
 Tensor multiply_rows(const Packed& p, const Tensor& x, const OptionalTensor& bias) {
-  const Tensor rows = x.contiguous();
+  const Tensor rows = spread_rows(x);
   auto shape = x.sizes().vec();
   shape.back() = p.out_features;
   Tensor y = at::empty(shape, x.options());
   const Tensor flat_bias = bias ? bias->contiguous() : Tensor();
   const auto* b = bias ? static_cast<const uint16_t*>(flat_bias.const_data_ptr()) : nullptr;
-  const SmallMatmul product{static_cast<const uint16_t*>(rows.const_data_ptr()), p.pairs, b,
-                            static_cast<uint16_t*>(y.mutable_data_ptr()),
-                            x.numel() / p.in_features, p.in_features, p.out_features};
-  parallel_over_blocks(p.out_features, p.in_features, [&](int64_t first, int64_t last) {
-    small_matmul(product, first, last);
+  const int64_t num_rows = x.numel() / p.in_features;
+  const int64_t stride = (rows.dim() > 1 ? rows.stride(-2) : p.in_features) * x.element_size();
+  const SmallMatmul product{static_cast<const char*>(rows.const_data_ptr()), p.pairs, b,
+                            static_cast<uint16_t*>(y.mutable_data_ptr()), num_rows, p.in_features,
+                            p.out_features, stride};
+  const int64_t blocks = p.out_features / kSmallMatmulBlock, at_once = rows_at_once(stride);
+  const int64_t grain = kBytesPerTask / (kSmallMatmulBlock * p.in_features * x.element_size());
+  at::parallel_for(0, blocks * ((num_rows + at_once - 1) / at_once), std::max<int64_t>(1, grain),
+                   [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last;) {
+      const int64_t row = unit / blocks * at_once, block = unit % blocks;
+      const int64_t end = std::min(blocks, block + last - unit);
+      small_matmul(product, row, std::min(num_rows, row + at_once), block, end);
+      unit += end - block;
+    }
   });
   return y;
 }
@@ -185,10 +253,9 @@ Tensor multiply_fixed(const Packed& p, const Tensor& x, const OptionalTensor& bi
 }
 
 Tensor multiply(const Packed& p, const Tensor& x, const OptionalTensor& bias) {
-  if (p.fixed_rows) return multiply_fixed(p, x, bias);
   const int64_t num_rows = x.numel() / p.in_features;
-  if (p.pairs && num_rows > 0 && num_rows <= kSmallMatmulRows) return multiply_rows(p, x, bias);
-  return multiply_whole(p, x, bias);
+  if (num_rows > 0 && takes_rows(p, num_rows, 4)) return multiply_rows(p, x, bias);
+  return p.fixed_rows ? multiply_fixed(p, x, bias) : multiply_whole(p, x, bias);
 }
 
 Tensor linear(const Tensor& x, const Tensor& handle, const OptionalTensor& bias,

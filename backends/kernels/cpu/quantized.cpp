@@ -5,9 +5,7 @@
 
 namespace {
 
-using inlay::kTileBytes;
 using inlay::Place;
-using inlay::Rows;
 
 constexpr int kDotRows = kLanes == 16 ? 8 : kLanes == 8 ? 3 : 1;  // what registers hold
 constexpr int kPanel = 256;  // inputs widened at a time: 256 * 128 * 128 is exact in float32
@@ -33,6 +31,7 @@ constexpr Table make_table() {
   for (int i = 0; i < 256; ++i)
     table.values[i] = format == Format::kFloat8 ? float8_value(i)
                       : format == Format::kInt4 ? (i & 15)
+                      : format == Format::kInt8 ? i - 128
                                                 : (i < 128 ? i : i - 256);
   return table;
 }
@@ -139,27 +138,27 @@ static void multiply_rows(const QuantizedProduct& p, int64_t block, int64_t firs
 }
 
 template <Format format>
-static void multiply_blocks(const QuantizedProduct& p, int64_t first, int64_t last) {
+static void multiply_part(const QuantizedProduct& p, const Part& part) {
   float panel[kPanel * kCodeBlock];
-  for (int64_t row = 0; row < p.rows; row += kRowsAtATime) {
-    const int64_t left = p.rows - row, count = left < kRowsAtATime ? left : kRowsAtATime;
-    for (int64_t block = first; block < last; ++block)
+  for (int64_t row = part.first_row; row < part.last_row; row += kRowsAtATime) {
+    const int64_t left = part.last_row - row, count = left < kRowsAtATime ? left : kRowsAtATime;
+    for (int64_t block = part.first_block; block < part.last_block; ++block)
       multiply_rows<format>(p, block, row, count, panel);
   }
 }
 
-void multiply(const QuantizedProduct& p, int64_t first, int64_t last) {
+void multiply(const QuantizedProduct& p, const Part& part) {
   switch (p.format) {
-    case Format::kIntegers: return multiply_blocks<Format::kIntegers>(p, first, last);
-    case Format::kInt8: return multiply_blocks<Format::kInt8>(p, first, last);
-    case Format::kInt4: return multiply_blocks<Format::kInt4>(p, first, last);
-    case Format::kFloat8: return multiply_blocks<Format::kFloat8>(p, first, last);
+    case Format::kIntegers: return multiply_part<Format::kIntegers>(p, part);
+    case Format::kInt8: return multiply_part<Format::kInt8>(p, part);
+    case Format::kInt4: return multiply_part<Format::kInt4>(p, part);
+    case Format::kFloat8: return multiply_part<Format::kFloat8>(p, part);
   }
 }
 
-bool takes(Format, DType, int64_t) { return true; }
+bool takes(Format, DType, int64_t, int64_t) { return true; }
 
-int64_t row_bytes(Format, int64_t in_features) { return in_features * sizeof(float); }
+int64_t row_bytes(Format, int64_t in_features, int64_t) { return in_features * sizeof(float); }
 
 void prepare(Format, const Rows& rows, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row)
@@ -219,5 +218,5 @@ void quantize(DType to, const Rows& rows, float* scales, int64_t first, int64_t 
 }  // namespace
 
 namespace inlay::INLAY_ISA {
-extern const QuantizedKernels quantized_kernels = {quantize, takes, row_bytes, prepare, multiply};
+extern const QuantizedKernels quantized_kernels = {quantize, {takes, row_bytes, prepare, multiply}};
 }

@@ -3,11 +3,10 @@
 //
 // A packed weight is blocks of 32 outputs; a block is tiles of 128 bytes, which hold 4 inputs (8
 // where they have 4 bits) of its outputs, in the order that the widest kernels want:
-//   kIntegers      inputs together: [32 outputs][4 inputs]
-//   kInt8, kFloat8 pairs of inputs, as bfloat16 products take them: for each 4 outputs
-//                  [2 pairs][4 outputs][2 inputs], so that widening a half of 16 bytes gives a pair
-//   kInt4          for each half of 16 outputs words of 16 bits, [16 outputs][2 inputs], the word's
-//                  4 numbers being those of 4 pairs of inputs, the first in the lowest bits
+//   kIntegers, kInt8  inputs together, [32 outputs][4 inputs]; kInt8 with 128 added: unsigned
+//   kInt4             like kInt8, the first 4 inputs in the bytes' lower halves
+//   kFloat8           pairs of inputs, as bfloat16 products take them: for each 4 outputs
+//                     [2 pairs][4 outputs][2 inputs], so that widening half of 16 bytes gives a pair
 #pragma once
 
 #include "attention.h"
@@ -34,14 +33,10 @@ struct Place {
 };
 
 static constexpr Place place(Format format, int input, int output) {
-  if (format == Format::kIntegers) return {static_cast<uint8_t>(output * 4 + input), 0};
-  const int half = output / 16 * 64, column = output % 16, pair = input / 2, side = input % 2;
-  if (format == Format::kInt4) {
-    const int byte = half + (column * 2 + side) * 2 + pair / 2;
-    return {static_cast<uint8_t>(byte), static_cast<uint8_t>(pair % 2 * 4)};
-  }
-  const int byte = half + column / 4 * 16 + pair * 8 + column % 4 * 2 + side;
-  return {static_cast<uint8_t>(byte), 0};
+  const int high = input / 4, k = input % 4, column = output % 16;
+  const int pairs = output / 16 * 64 + column / 4 * 16 + k / 2 * 8 + column % 4 * 2 + k % 2;
+  const int byte = format == Format::kFloat8 ? pairs : output * 4 + k;
+  return {static_cast<uint8_t>(byte), static_cast<uint8_t>(high * 4)};
 }
 
 // y = sum over groups g of x_scale[row, g] * scale[g, n] * sum over k in g of x * (w - zero[g, n]),
@@ -64,24 +59,38 @@ struct QuantizedProduct {
   char* y;             // [rows, out_features]
 };
 
+constexpr int64_t kMaxPartRows = 192;
+
+// What one call computes: at most kMaxPartRows rows, some blocks.
+struct Part {
+  int64_t first_row, last_row, first_block, last_block;
+};
+
 struct Rows {
   DType dtype;
   const char* from;  // [rows, in_features], contiguous
   char* to;
   int64_t in_features, to_stride;
+  int64_t group_size;  // of the weight's
 };
 
-struct QuantizedKernels {
-  // Rows [first, last) to int8 or e4m3 and a scale each, as passes/quantized_ops.py's quantizers.
-  void (*quantize)(DType to, const Rows&, float* scales, int64_t first, int64_t last);
+struct ProductKernels {
   // Whether x of this dtype is taken, times groups of this size.
-  bool (*takes)(Format, DType x, int64_t group_size);
+  bool (*takes)(Format, DType x, int64_t group_size, int64_t in_features);
   // Bytes of a row of x as multiply wants it.
-  int64_t (*row_bytes)(Format, int64_t in_features);
+  int64_t (*row_bytes)(Format, int64_t in_features, int64_t group_size);
   // Rows [first, last) of x into that form.
   void (*prepare)(Format, const Rows&, int64_t first, int64_t last);
-  // Outputs of the blocks [first, last) of all rows. A row's result depends on nothing else.
-  void (*multiply)(const QuantizedProduct&, int64_t first, int64_t last);
+  // A row's result depends on nothing but that row and the weight, so not on the part it is in.
+  void (*multiply)(const QuantizedProduct&, const Part&);
+};
+
+// Rows [first, last) to int8 or e4m3 and a scale each, as passes/quantized_ops.py's quantizers.
+using Quantize = void (*)(DType to, const Rows&, float* scales, int64_t first, int64_t last);
+
+struct QuantizedKernels {
+  Quantize quantize;
+  ProductKernels products;  // take everything
 };
 
 namespace portable {
@@ -92,6 +101,9 @@ extern const QuantizedKernels quantized_kernels;
 }
 namespace avx512 {
 extern const QuantizedKernels quantized_kernels;
+}
+namespace avx512_dot {  // of a CPU that also has VNNI, BF16 and VBMI
+extern const ProductKernels product_kernels;
 }
 
 }  // namespace inlay

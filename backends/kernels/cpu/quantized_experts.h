@@ -70,6 +70,9 @@ void check_side(const CodedSide& side) {
   TORCH_CHECK(side.scale.dim() == 3 && shape[0] == static_cast<int64_t>(side.w.experts.size()),
               "inlay_cpu::quantized_experts: ", side.name, "_scale must be [",
               side.w.experts.size(), ", groups, ", side.w.out_features, "], got ", shape);
+  TORCH_CHECK(shape[1] > 0 && side.w.in_features % shape[1] == 0, "inlay_cpu::quantized_experts: ",
+              side.name, "_scale ", shape, " must have groups that divide ", side.w.in_features,
+              " inputs");
   TORCH_CHECK(!side.quantizes || shape[1] == 1, "inlay_cpu::quantized_experts: ", side.name,
               "_scale must have one group where activations are quantized, got ", shape);
 }
@@ -85,19 +88,22 @@ GroupedRows prepare_side(const CodedSide& side, const Tensor& x) {
   const Tensor source = x.contiguous();
   const DType dtype = dtype_of("quantized_experts", "x", x.scalar_type());
   const int64_t rows = x.size(0), width = w.in_features;
-  if (!side.quantizes)
-    return {prepare_rows(w, dtype, source.const_data_ptr(), rows, width / side.scale.size(1)), {}};
+  QuantizedProduct p{};
+  p.format = w.format;
+  p.in_features = width;
+  p.group_size = width / side.scale.size(1);
+  if (!side.quantizes) return {prepare_rows(p, dtype, source.const_data_ptr(), rows), {}};
   const DType to = w.format == Format::kIntegers ? DType::kInt8 : DType::kFloat8;
   const Tensor q = at::empty({rows, width}, at::TensorOptions(at::kByte));
   Tensor scales = at::empty({rows}, at::TensorOptions(at::kFloat));
   const Rows job{dtype, static_cast<const char*>(source.const_data_ptr()),
-                 static_cast<char*>(q.mutable_data_ptr()), width, width};
+                 static_cast<char*>(q.mutable_data_ptr()), width, width, 0};
   auto* s = scales.mutable_data_ptr<float>();
   at::parallel_for(0, rows, std::max<int64_t>(1, kBytesPerTask / width / 2),
                    [&](int64_t first, int64_t last) {
     isa()->quantized->quantize(to, job, s, first, last);
   });
-  return {prepare_rows(w, to, q.const_data_ptr(), rows, width), scales};
+  return {prepare_rows(p, to, q.const_data_ptr(), rows), scales};
 }
 
 // Row i of the result is row index[i] of the given ones.
@@ -145,17 +151,12 @@ Products multiply_coded(const Grouping& grouping, const CodedSide& side, const G
   const int64_t width = side.w.out_features;
   const Tensor y = at::empty({grouping.rows(), width}, at::TensorOptions(dtype));
   std::vector<QuantizedCall> calls;
-  for (const Group& g : grouping.groups) calls.push_back(group_call(side, g, x, y));
-  const PackedCodes& w = *side.w.experts[0];
-  const int64_t blocks = w.num_blocks(), bytes = block_bytes(w.format, w.in_features);
-  at::parallel_for(0, blocks * static_cast<int64_t>(calls.size()),
-                   std::max<int64_t>(1, kBytesPerTask / bytes), [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last;) {
-      const int64_t block = unit % blocks, end = std::min(blocks, block + last - unit);
-      x.rows.kernels->multiply(calls[unit / blocks].product, block, end);
-      unit += end - block;
-    }
-  });
+  std::vector<QuantizedProduct> products;
+  for (const Group& g : grouping.groups) {
+    calls.push_back(group_call(side, g, x, y));
+    products.push_back(calls.back().product);
+  }
+  multiply_all(products, *x.rows.kernels);
   Products result{{}, {y}};
   const auto* memory = static_cast<const char*>(y.const_data_ptr());
   for (int64_t row = 0; row < grouping.rows(); row++)

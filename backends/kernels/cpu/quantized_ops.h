@@ -79,15 +79,6 @@ void set_row_scale(QuantizedCall& call, const Tensor& scale, const OptionalTenso
   p.x_zero_row = p.x_scale_row;
 }
 
-void multiply_codes(const QuantizedCall& call, const PreparedRows& rows) {
-  QuantizedProduct p = call.product;
-  p.x = static_cast<const char*>(rows.memory.const_data_ptr());
-  p.x_stride = rows.stride;
-  const int64_t bytes = block_bytes(p.format, p.in_features);
-  at::parallel_for(0, call.w.num_blocks(), std::max<int64_t>(1, kBytesPerTask / bytes),
-                   [&](int64_t first, int64_t last) { rows.kernels->multiply(p, first, last); });
-}
-
 Tensor finish_call(QuantizedCall& call, const OptionalTensor& bias, at::ScalarType dtype) {
   QuantizedProduct& p = call.product;
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, "inlay_cpu::",
@@ -106,7 +97,10 @@ Tensor finish_call(QuantizedCall& call, const OptionalTensor& bias, at::ScalarTy
   p.y_dtype = dtype_of(call.op, "dtype", dtype);
   if (p.rows == 0) return y;
   const DType x_dtype = dtype_of(call.op, "x", call.x.scalar_type());
-  multiply_codes(call, prepare_rows(call.w, x_dtype, call.keep(call.x), p.rows, p.group_size));
+  const PreparedRows rows = prepare_rows(p, x_dtype, call.keep(call.x), p.rows);
+  p.x = static_cast<const char*>(rows.memory.const_data_ptr());
+  p.x_stride = rows.stride;
+  multiply_all({p}, *rows.kernels);
   return y;
 }
 

@@ -54,6 +54,7 @@ void pack_column(Format format, const uint8_t* from, int64_t in_features, int64_
   for (int64_t k = 0; k < in_features; k++) {
     const Place at = place(format, static_cast<int>(k % inputs), static_cast<int>(column));
     uint8_t bits = from[k];
+    if (format == Format::kInt8) bits ^= 0x80;
     if (format == Format::kInt4) bits = k % 2 ? from[k / 2] >> 4 : from[k / 2] & 15;
     block[k / inputs * kTileBytes + at.byte] |= static_cast<uint8_t>(bits << at.shift);
   }
@@ -78,7 +79,7 @@ std::unique_ptr<PackedCodes> make_codes(Format format, const Tensor& weight) {
   packed->out_features = weight.size(0);
   packed->in_features = weight.size(1) * (format == Format::kInt4 ? 2 : 1);
   const int64_t bytes = block_bytes(format, packed->in_features);
-  packed->codes = at::empty({packed->num_blocks() * bytes}, at::TensorOptions(at::kByte));
+  packed->codes = allocate_packed(packed->num_blocks() * bytes);
   auto* to = packed->codes.mutable_data_ptr<uint8_t>();
   const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
   at::parallel_for(0, packed->num_blocks(), 1, [&](int64_t first, int64_t last) {
@@ -132,25 +133,57 @@ DType dtype_of(const char* op, const char* name, at::ScalarType dtype) {
   }
 }
 
+const ProductKernels& product_kernels(const QuantizedProduct& p, DType x) {
+  const Isa& best = *isa();
+  const bool taken =
+      best.products && best.products->takes(p.format, x, p.group_size, p.in_features);
+  return taken ? *best.products : best.quantized->products;
+}
+
 // Rows of x as a kernel wants them.
 struct PreparedRows {
   Tensor memory;
   int64_t stride;
-  const QuantizedKernels* kernels;
+  const ProductKernels* kernels;
 };
 
-PreparedRows prepare_rows(const PackedCodes& w, DType dtype, const void* x, int64_t rows,
-                          int64_t group_size) {
-  const QuantizedKernels* kernels = isa()->quantized;
-  const int64_t stride = kernels->row_bytes(w.format, w.in_features);
+PreparedRows prepare_rows(const QuantizedProduct& p, DType dtype, const void* x, int64_t rows) {
+  const ProductKernels& kernels = product_kernels(p, dtype);
+  const int64_t stride = kernels.row_bytes(p.format, p.in_features, p.group_size);
   Tensor memory = at::empty({rows * stride}, at::TensorOptions(at::kByte));
-  const Rows job{dtype, static_cast<const char*>(x),
-                 static_cast<char*>(memory.mutable_data_ptr()), w.in_features, stride};
+  const Rows job{dtype, static_cast<const char*>(x), static_cast<char*>(memory.mutable_data_ptr()),
+                 p.in_features, stride, p.group_size};
   at::parallel_for(0, rows, std::max<int64_t>(1, kBytesPerTask / stride),
                    [&](int64_t first, int64_t last) {
-    kernels->prepare(w.format, job, first, last);
+    kernels.prepare(p.format, job, first, last);
   });
-  return {memory, stride, kernels};
+  return {memory, stride, &kernels};
+}
+
+// Products of some weights, block by block, in one parallel loop.
+void multiply_all(const std::vector<QuantizedProduct>& products, const ProductKernels& kernels) {
+  if (products.empty()) return;
+  const QuantizedProduct& any = products[0];
+  const int64_t blocks = (any.out_features + kCodeBlock - 1) / kCodeBlock;
+  const int64_t at_once = rows_at_once(any.x_stride);
+  struct Job {
+    const QuantizedProduct* product;
+    int64_t first, last;
+  };
+  std::vector<Job> jobs;
+  for (const QuantizedProduct& p : products)
+    for (int64_t row = 0; row < p.rows; row += at_once)
+      jobs.push_back({&p, row, std::min(p.rows, row + at_once)});
+  const int64_t grain = kBytesPerTask / block_bytes(any.format, any.in_features);
+  at::parallel_for(0, blocks * static_cast<int64_t>(jobs.size()), std::max<int64_t>(1, grain),
+                   [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end;) {
+      const Job& job = jobs[unit / blocks];
+      const int64_t block = unit % blocks, last = std::min(blocks, block + end - unit);
+      kernels.multiply(*job.product, {job.first, job.last, block, last});
+      unit += last - block;
+    }
+  });
 }
 
 }  // namespace

@@ -9,7 +9,10 @@ namespace {
 using inlay::DType;
 using inlay::Format;
 using inlay::kCodeBlock;
+using inlay::kTileBytes;
+using inlay::Part;
 using inlay::QuantizedProduct;
+using inlay::Rows;
 
 constexpr int kBlockVecs = kCodeBlock / kLanes;
 
@@ -53,8 +56,8 @@ INLAY_INLINE VecF rounded(VecF v) {
 }
 
 // Writes a row's outputs of a block: its sums, scaled where they are integers, plus the bias.
-INLAY_INLINE void finish_row(const QuantizedProduct& p, int64_t row, int64_t block,
-                             const VecF* sums) {
+INLAY_NOINLINE static void finish_row(const QuantizedProduct& p, int64_t row, int64_t block,
+                                      const VecF* sums) {
   const int64_t begin = block * kCodeBlock;
   for (int i = 0; i < kBlockVecs; ++i) {
     const int64_t at = begin + i * kLanes, count = p.out_features - at;

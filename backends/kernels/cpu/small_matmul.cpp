@@ -1,64 +1,57 @@
 #include "small_matmul.h"
 
 #if defined(__AVX512BF16__)
-#include <immintrin.h>
+#include "dot_rows.h"
 
-#include <cstring>
+#include <cpuid.h>
 
 namespace inlay {
 namespace {
 
-// Bytes ahead of the reads: the hardware's prefetcher alone leaves a third of the bandwidth unused.
-constexpr int64_t kPrefetch = 2048;
-
-template <int Rows>
-void multiply_block(const SmallMatmul& m, int64_t block) {
-  const uint16_t* w = m.w + block * kSmallMatmulBlock * m.in_features;
-  __m512 sums[Rows][2];
-  for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < m.in_features; k += 2, w += 2 * kSmallMatmulBlock) {
-    const char* ahead = reinterpret_cast<const char*>(w) + kPrefetch;
-    _mm_prefetch(ahead, _MM_HINT_T0);
-    _mm_prefetch(ahead + 64, _MM_HINT_T0);
-    const auto low = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w));
-    const auto high = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + kSmallMatmulBlock));
-    for (int row = 0; row < Rows; row++) {
-      int32_t pair;
-      std::memcpy(&pair, m.x + row * m.in_features + k, sizeof pair);
-      const auto x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-      sums[row][0] = _mm512_dpbf16_ps(sums[row][0], low, x);
-      sums[row][1] = _mm512_dpbf16_ps(sums[row][1], high, x);
-    }
-  }
-  for (int half = 0; half < 2; half++) {
-    const int64_t column = block * kSmallMatmulBlock + half * 16;
-    __m512 bias = _mm512_setzero_ps();
-    if (m.bias) {
-      const auto* at = reinterpret_cast<const __m256i*>(m.bias + column);
-      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at));
-      bias = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-    }
-    for (int row = 0; row < Rows; row++) {
-      const __m256bh narrow = _mm512_cvtneps_pbh(_mm512_add_ps(sums[row][half], bias));
-      std::memcpy(m.y + row * m.out_features + column, &narrow, sizeof narrow);
-    }
-  }
+inline __m512 load_bias(const uint16_t* from) {
+  const __m512i wide =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-template <int Rows>
-void multiply(const SmallMatmul& m, int64_t first, int64_t last) {
-  for (int64_t block = first; block < last; block++) multiply_block<Rows>(m, block);
+template <int Count>
+void multiply_block(const SmallMatmul& m, int64_t row, int64_t block) {
+  const int64_t bytes = kSmallMatmulBlock * m.in_features * int64_t{sizeof(uint16_t)};
+  __m512 sums[Count][2];
+  for (auto& sum : sums) sum[0] = sum[1] = _mm512_setzero_ps();
+  add_steps<BFloat16Dot, Count>(sums, m.x + row * m.x_stride, m.x_stride,
+                                reinterpret_cast<const char*>(m.w) + block * bytes,
+                                m.in_features / 2);
+  for (int half = 0; half < 2; half++) {
+    const int64_t column = block * kSmallMatmulBlock + half * 16;
+    const __m512 bias = m.bias ? load_bias(m.bias + column) : _mm512_setzero_ps();
+    for (int r = 0; r < Count; r++) {
+      const __m256bh narrow = _mm512_cvtneps_pbh(_mm512_add_ps(sums[r][half], bias));
+      std::memcpy(m.y + (row + r) * m.out_features + column, &narrow, sizeof narrow);
+    }
+  }
 }
 
 }  // namespace
 
-bool small_matmul_supported() { return __builtin_cpu_supports("avx512bf16"); }
+bool small_matmul_supported() {
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+}
 
-void small_matmul(const SmallMatmul& m, int64_t first, int64_t last) {
+bool has_bfloat16_tiles() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & 1u << 22);
+}
+
+void small_matmul(const SmallMatmul& m, int64_t first_row, int64_t last_row, int64_t first,
+                  int64_t last) {
   using Multiply = void (*)(const SmallMatmul&, int64_t, int64_t);
-  static constexpr Multiply by_rows[kSmallMatmulRows] = {multiply<1>, multiply<2>,
-                                                              multiply<3>, multiply<4>};
-  by_rows[m.rows - 1](m, first, last);
+  static constexpr Multiply by_rows[kDotRows] = INLAY_BY_ROWS(multiply_block);
+  for (int64_t block = first; block < last; block++)
+    over_rows<kDotRows>(first_row, last_row, [&](int64_t row, int count) {
+      by_rows[count - 1](m, row, block);
+    });
 }
 
 }  // namespace inlay
@@ -67,7 +60,8 @@ void small_matmul(const SmallMatmul& m, int64_t first, int64_t last) {
 
 namespace inlay {
 bool small_matmul_supported() { return false; }
-void small_matmul(const SmallMatmul&, int64_t, int64_t) {}
+bool has_bfloat16_tiles() { return false; }
+void small_matmul(const SmallMatmul&, int64_t, int64_t, int64_t, int64_t) {}
 }  // namespace inlay
 
 #endif

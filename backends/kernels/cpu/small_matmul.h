@@ -1,34 +1,38 @@
-// Matrix products of a few bfloat16 rows, bound by the reading of weights: batch-1 decode.
+// Matrix products in bfloat16 by AVX-512's dot instructions.
 //
 // oneDNN packs a bfloat16 weight [N, K] into blocks of 32 outputs, within a block pairs of inputs:
 // [N / 32][K / 2][32][2]. Where a packed weight has this layout it is read here as it lies, in one
-// stream; oneDNN serves the larger batches from the same memory.
+// stream. On CPUs with AMX oneDNN serves the larger batches from the same memory.
 #pragma once
 
 #include <cstdint>
 
 namespace inlay {
 
-constexpr int64_t kSmallMatmulRows = 4;    // beyond it oneDNN wins
 constexpr int64_t kSmallMatmulBlock = 32;  // outputs in a block
 
 struct SmallMatmul {
-  const uint16_t* x;     // [rows, in_features], contiguous
+  const char* x;         // [rows, in_features]
   const uint16_t* w;     // packed as above
   const uint16_t* bias;  // [out_features] or null
   uint16_t* y;           // [rows, out_features], contiguous
   int64_t rows, in_features, out_features;
+  int64_t x_stride;  // bytes from one row of x to the next
 };
 
 // Whether this CPU has the instructions (AVX512_BF16).
 bool small_matmul_supported();
+
+// Whether this CPU has AMX's bfloat16 products, which oneDNN uses and we do not.
+bool has_bfloat16_tiles();
 
 // Whether packed holds weight [out_features, in_features] in the layout above, for blocks
 // [first, last): every element is compared.
 bool small_matmul_layout(const uint16_t* packed, const uint16_t* weight, int64_t in_features,
                          int64_t first, int64_t last);
 
-// Outputs of the blocks [first, last) of all rows; float32 sums in the order of the inputs.
-void small_matmul(const SmallMatmul& m, int64_t first, int64_t last);
+// Outputs of the blocks [first, last) of these rows; float32 sums in the order of the inputs.
+void small_matmul(const SmallMatmul& m, int64_t first_row, int64_t last_row, int64_t first,
+                  int64_t last);
 
 }  // namespace inlay
