@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "experts.h"
 #include "quantized.h"
+#include "sampler.h"
 
 #include <c10/util/Exception.h>
 
@@ -20,6 +21,7 @@ struct Isa {
   const Kernels* kernels;
   const ExpertsKernels* experts;
   const QuantizedKernels* quantized;
+  const SamplerKernels* sampler;
   bool supported;
 };
 
@@ -34,13 +36,17 @@ const std::vector<Isa>& isas() {
     const bool widest = wide && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq");
+    const bool dots = widest && __builtin_cpu_supports("avx512bf16") &&
+                      __builtin_cpu_supports("avx512vbmi");
+    found.push_back({"avx512_bf16", &avx512_bf16::kernels, &avx512::experts_kernels,
+                     &avx512::quantized_kernels, &avx512::sampler_kernels, dots});
     found.push_back({"avx512", &avx512::kernels, &avx512::experts_kernels,
-                     &avx512::quantized_kernels, widest});
-    found.push_back(
-        {"avx2", &avx2::kernels, &avx2::experts_kernels, &avx2::quantized_kernels, wide});
+                     &avx512::quantized_kernels, &avx512::sampler_kernels, widest});
+    found.push_back({"avx2", &avx2::kernels, &avx2::experts_kernels, &avx2::quantized_kernels,
+                     &avx2::sampler_kernels, wide});
 #endif
     found.push_back({"portable", &portable::kernels, &portable::experts_kernels,
-                     &portable::quantized_kernels, true});
+                     &portable::quantized_kernels, &portable::sampler_kernels, true});
     return found;
   }();
   return all;
