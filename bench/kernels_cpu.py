@@ -1,6 +1,6 @@
-"""The C++ ops alone: attention and linear layers beside torch's own and the machine's limits.
+"""The C++ ops alone: linear layers and calls beside torch's own and the machine's limits.
 
-    python -m inlay.bench.kernels_cpu [--threads 2] [--repeats 20] [linear decode prefill calls]
+    python -m inlay.bench.kernels_cpu [--threads 2] [--repeats 20] [linear calls]
 
 One JSON line for each measurement. What is compared runs in turns and the best of each counts;
 outputs are compared first. With one thread the clock is that thread's CPU time, which a busy host
@@ -11,7 +11,6 @@ that they come from memory and not from a cache.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from inlay.backends.kernels.cpu_ops import load_ops
+from inlay.bench.attention_cpu import attention_call
 from inlay.bench.roofline import read_bandwidth
 from inlay.bench.shapes import SHAPES
 
@@ -109,115 +109,6 @@ def bench_linear(repeats: int, shape: str = "0.5b") -> Iterator[dict[str, Any]]:
             }
 
 
-def attention_call(
-    requests: list[tuple[int, int]],
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    block_size: int,
-    num_caches: int = 1,
-) -> tuple[Run, list[torch.Tensor]]:
-    """A step of requests (cached tokens after it, new tokens); caches rotate between calls.
-
-    Returns the call and [q, k, v] of the new tokens.
-    """
-    blocks = [-(-length // block_size) for length, _ in requests]
-    order = torch.randperm(sum(blocks), dtype=torch.int32)
-    table = torch.zeros(len(requests), max(blocks), dtype=torch.int32)
-    slots, starts = [], [0]
-    for b, (length, new) in enumerate(requests):
-        begin = sum(blocks[:b])
-        table[b, : blocks[b]] = order[begin : begin + blocks[b]]
-        where = torch.arange(length - new, length)
-        slots.append(table[b].long()[where // block_size] * block_size + where % block_size)
-        starts.append(starts[-1] + new)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape).to(dtype)
-
-    pool = (sum(blocks), num_kv_heads)
-    caches = itertools.cycle(
-        [
-            (randn(*pool, head_dim, block_size), randn(*pool, block_size, head_dim))
-            for _ in range(num_caches)
-        ]
-    )
-    q, k, v = (randn(starts[-1], h, head_dim) for h in (num_heads, num_kv_heads, num_kv_heads))
-    slot_mapping = torch.cat(slots)
-    seq_lens = torch.tensor([length for length, _ in requests], dtype=torch.int32)
-    query_start_loc = torch.tensor(starts, dtype=torch.int32)
-
-    def call() -> torch.Tensor:
-        return torch.ops.inlay_cpu.paged_attention(
-            q, k, v, *next(caches), slot_mapping, table, seq_lens, query_start_loc,
-            head_dim**-0.5, 0, 0.0, None,
-        )  # fmt: skip
-
-    return call, [q, k, v]
-
-
-def bench_decode(repeats: int) -> Iterator[dict[str, Any]]:
-    """Decode attention in GB/s of cache beside a stream's; eight caches, as of eight layers."""
-    bf16, fp32 = torch.bfloat16, torch.float32
-    for batch, context, heads, kv_heads, head_dim, dtype, block_size in (
-        (16, 1024, 8, 8, 128, bf16, 16),
-        (16, 1024, 32, 8, 128, bf16, 16),
-        (16, 1024, 32, 8, 128, bf16, 64),
-        (64, 1024, 14, 2, 64, bf16, 16),
-        (16, 1024, 8, 8, 128, fp32, 16),
-        (1, 8192, 14, 2, 64, bf16, 16),
-        (1, 8192, 8, 1, 128, bf16, 16),
-    ):
-        call, _ = attention_call(
-            [(context, 1)] * batch, heads, kv_heads, head_dim, dtype, block_size, num_caches=8
-        )
-        seconds = best_seconds({"own": call}, 2 * repeats)["own"]
-        size = 2 * batch * context * kv_heads * head_dim * dtype.itemsize
-        yield {
-            "bench": "decode",
-            "batch": batch,
-            "context": context,
-            "heads": [heads, kv_heads, head_dim],
-            "dtype": str(dtype).removeprefix("torch."),
-            "block_size": block_size,
-            "ms": round(seconds * 1e3, 3),
-            "gb_s": round(size / seconds / 1e9, 1),
-            "read_gb_s": round(read_bandwidth() / 1e9, 1),
-        }
-
-
-def bench_prefill(repeats: int) -> Iterator[dict[str, Any]]:
-    """Causal prefill beside dense SDPA and a float32 matrix product (near the CPU's FMA peak)."""
-    square = torch.randn(1024, 1024)
-    for tokens, heads, kv_heads, head_dim, dtype in (
-        (512, 14, 2, 64, torch.bfloat16),
-        (512, 14, 2, 64, torch.float32),
-        (2048, 14, 2, 64, torch.bfloat16),
-        (512, 32, 8, 128, torch.bfloat16),
-    ):
-        call, qkv = attention_call([(tokens, tokens)], heads, kv_heads, head_dim, dtype, 16)
-        q, k, v = (x.transpose(0, 1)[None].contiguous() for x in qkv)
-
-        def dense(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> torch.Tensor:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-        check_close(call(), dense()[0].transpose(0, 1))
-        runs: dict[str, Run] = {"own": call, "sdpa": dense, "matmul": lambda: square @ square}
-        seconds = best_seconds(runs, repeats)
-        flops = 2 * tokens * (tokens + 1) * heads * head_dim
-        yield {
-            "bench": "prefill",
-            "tokens": tokens,
-            "heads": [heads, kv_heads, head_dim],
-            "dtype": str(dtype).removeprefix("torch."),
-            "ms": round(seconds["own"] * 1e3, 2),
-            "sdpa_ms": round(seconds["sdpa"] * 1e3, 2),
-            "gflop_s": round(flops / seconds["own"] / 1e9),
-            "float32_matmul_gflop_s": round(2 * 1024**3 / seconds["matmul"] / 1e9),
-        }
-
-
 def bench_calls(repeats: int) -> Iterator[dict[str, Any]]:
     """Microseconds of a call that has next to nothing to compute."""
     x, weight = torch.randn(2, 64).bfloat16(), torch.randn(64, 64).bfloat16()
@@ -234,8 +125,6 @@ def bench_calls(repeats: int) -> Iterator[dict[str, Any]]:
 
 BENCHES = {
     "linear": bench_linear,
-    "decode": bench_decode,
-    "prefill": bench_prefill,
     "calls": bench_calls,
 }
 

@@ -1,9 +1,10 @@
 """Draw tokens from logits: argmax, the whole vocabulary, top-k / top-p sets. Nothing is sorted.
 
 All draws are Gumbel-max with the counter-based noise of `noise.py`: the token with the largest
-logit + noise. On a CPU a race between tokens finds it without finding the whole top-k / top-p set,
-mostly between a few that are likeliest by far. On other devices a bisection finds the set, in a
-fixed number of operations, so that the host need not wait.
+logit + noise. On a CPU a race between tokens finds it without finding the whole top-p set: here row
+by row in numpy, and with a backend that brings C++ along in `kernels/cpu/sampler.cpp`, which must
+choose the same tokens. On other devices a bisection finds the set, in a fixed number of operations,
+so that the host need not wait.
 """
 
 from __future__ import annotations
@@ -14,32 +15,6 @@ import numpy as np
 import torch
 
 from inlay.runtime.noise import gumbel, uniforms
-
-ARGMAX_BLOCK = 256
-"""amax is ten times as fast as argmax on a CPU: reduce blocks first, then search one block."""
-
-BLOCKS, FEW = 32, 256
-"""On a CPU tokens are narrowed to those as large as the FEW-th of the maxima of blocks of BLOCKS;
-most top-k / top-p sets of language models are among them."""
-
-_NONE = np.zeros(0, dtype=np.int64)
-
-
-def first_argmax(x: torch.Tensor) -> torch.Tensor:
-    """The index of each row's maximum, the first of equals: [N, V] -> int64 [N]."""
-    size = x.shape[1]
-    whole = size // ARGMAX_BLOCK * ARGMAX_BLOCK
-    if x.device.type != "cpu" or whole == 0 or not x.is_contiguous():
-        return x.argmax(-1)
-    block_max = x[:, :whole].unflatten(-1, (-1, ARGMAX_BLOCK)).amax(-1)
-    block = block_max.argmax(-1, keepdim=True)
-    inside = x.gather(1, block * ARGMAX_BLOCK + torch.arange(ARGMAX_BLOCK))
-    index = block * ARGMAX_BLOCK + inside.argmax(-1, keepdim=True)
-    if whole < size:
-        tail = x[:, whole:].argmax(-1, keepdim=True) + whole
-        best = x.gather(1, tail)
-        index = torch.where((best > x.gather(1, index)) | best.isnan(), tail, index)
-    return index.squeeze(1)
 
 
 def sample_plain(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -52,7 +27,7 @@ def sample_plain(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 def _gumbel_max(scaled: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     token_ids = torch.arange(scaled.shape[1], dtype=torch.int32, device=scaled.device)
-    return first_argmax(gumbel(keys, token_ids).add_(scaled))
+    return gumbel(keys, token_ids).add_(scaled).argmax(-1)
 
 
 def typical_mask(scaled: torch.Tensor, typical_p: torch.Tensor) -> torch.Tensor:
@@ -101,11 +76,7 @@ def draw_row(
     typical_p: float,
     top_k: int,
 ) -> tuple[int, float]:
-    """All of a row's sampling on a CPU: float32 [V] -> the token, and the largest logit.
-
-    A row at a time, its numbers stay in the cache; and no thread waits for another, which costs
-    milliseconds where other programs use the cores too.
-    """
+    """All of a row's sampling on a CPU: float32 [V] -> the token, and the largest logit."""
     peak = logits.max()
     if not np.isfinite(peak):
         return 0, float(peak)
@@ -123,36 +94,15 @@ def draw_row(
     return _draw_truncated(row, key, top_k, top_p), float(peak)
 
 
-def _few_from(row: np.ndarray) -> np.floating:
-    """From which logit on there are few tokens, at least FEW; -inf where V is small.
-
-    A block is every (V / BLOCKS)th token, so that maxima are those of BLOCKS stretches.
-    """
-    size = len(row) // BLOCKS
-    if size < 2 * FEW:
-        return np.float32(-np.inf)
-    maxima = row[: size * BLOCKS].reshape(BLOCKS, size).max(0)
-    return np.partition(maxima, size - FEW)[size - FEW]
-
-
 def _draw_truncated(row: np.ndarray, key: int, top_k: int, top_p: float) -> int:
-    """One row of sample_truncated: with few tokens if they hold the whole set, else with all."""
+    """One row of sample_truncated."""
+    logits, token_ids = row, None
     if top_k > 0:
-        few = np.flatnonzero(row >= _few_from(row))
         top_k = min(top_k, len(row))
-        logits, token_ids = (row[few], few) if len(few) >= top_k else (row, None)
-        inside = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
-        logits = logits[inside]
-        weights = np.exp(logits)
-        token_ids = inside if token_ids is None else token_ids[inside]
-        allowed = top_p * weights.sum(dtype=np.float64)
-    else:
-        logits, weights, token_ids = row, np.exp(row), None
-        allowed = top_p * float(weights.sum())
-        # No weight is above 1: a set that weighs more has more tokens.
-        few = np.flatnonzero(row >= _few_from(row)) if allowed <= 2 * FEW else _NONE
-        if weights[few].sum(dtype=np.float64) >= allowed:
-            logits, weights, token_ids = row[few], weights[few], few
+        token_ids = np.flatnonzero(row >= np.partition(row, -top_k)[-top_k])
+        logits = row[token_ids]
+    weights = np.exp(logits)
+    allowed = top_p * float(weights.sum(dtype=np.float64))
     if not allowed > 0:
         return 0  # NaN
     return race(logits, weights, key, token_ids, allowed if top_p < 1 else np.inf)
@@ -182,9 +132,7 @@ def race(
     def is_in(index: int) -> bool:
         if allowed == np.inf:
             return True
-        likelier = weights * (logits > logits[index])
-        # Summed as `allowed` was: in pairs, whose float32 sums are good to 1e-6.
-        return bool(likelier.sum() < allowed)
+        return bool(weights[logits > logits[index]].sum(dtype=np.float64) < allowed)
 
     first = int(times.argmin())
     while not is_in(first):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from inlay.runtime.draws import draw_row, first_argmax, sample_plain, sample_truncated, typical_mask
+from inlay.runtime.draws import draw_row, sample_plain, sample_truncated, typical_mask
 from inlay.runtime.noise import row_keys
 from inlay.runtime.sampling_params import SamplingParams
 
@@ -36,7 +36,7 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 class SlotValues:
     """Parameters of M new requests on their way to the device.
 
-    integers: int64 [3, M], slot, seed, top_k. floats: float64 [4, M], in the order of `Sampler`.
+    integers: int64 [4, M], the slot, then, as floats (float64 [4, M]), in the order of `Sampler`.
     """
 
     integers: np.ndarray
@@ -73,8 +73,8 @@ class Sampler:
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
         self.device = device
         self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        # Of the device: seed, top_k; temperature, top_p, log(min_p), typical_p.
-        self._integers = torch.zeros(2, max_num_seqs, dtype=torch.int64, device=device)
+        # Of the device: seed, top_k, is_greedy; temperature, top_p, log(min_p), typical_p.
+        self._integers = torch.zeros(3, max_num_seqs, dtype=torch.int64, device=device)
         self._floats = torch.ones(4, max_num_seqs, dtype=torch.float64, device=device)
         self._floats[2] = -math.inf  # a slot may be launched whose set-up failed with its step
         # Of the host, which decides the path that a row takes.
@@ -82,6 +82,9 @@ class Sampler:
         self._has_top_k = np.zeros(max_num_seqs, dtype=bool)
         self._has_min_p = np.zeros(max_num_seqs, dtype=bool)
         self._is_typical = np.zeros(max_num_seqs, dtype=bool)
+        # One call for all rows, where a backend has brought it along.
+        on_cpu = device.type == "cpu"
+        self._op = getattr(torch.ops.inlay_cpu, "draw_tokens", None) if on_cpu else None
 
     def set_slot(self, slot: int, params: SamplingParams, seed: int) -> None:
         """Take over a new request's parameters; seed is any integer of 64 bits."""
@@ -97,12 +100,13 @@ class Sampler:
             self._kind[slot], self._has_top_k[slot] = kind, top_k > 0
             self._has_min_p[slot], self._is_typical[slot] = params.min_p > 0, params.typical_p < 1
             log_min_p = math.log(params.min_p) if params.min_p > 0 else -math.inf
-            integers.append((slot, seed - 2**64 if seed >= 2**63 else seed, top_k))
+            signed = seed - 2**64 if seed >= 2**63 else seed
+            integers.append((slot, signed, top_k, kind == GREEDY))
             # A greedy row's temperature is not used, and must not be zero.
             temperature = 1.0 if kind == GREEDY else params.temperature
             floats.append((temperature, params.top_p, log_min_p, params.typical_p))
         return SlotValues(
-            np.array(integers, dtype=np.int64).reshape(-1, 3).T.copy(),
+            np.array(integers, dtype=np.int64).reshape(-1, 4).T.copy(),
             np.array(floats, dtype=np.float64).reshape(-1, 4).T.copy(),
         )
 
@@ -146,7 +150,10 @@ class Sampler:
         count = len(draws.slots)
         logits = logits[:count]
         slots, positions = to_device(np.stack((draws.slots, draws.positions)), self.device)
-        if len(draws.groups) == 1:
+        if self._op is not None and not any(len(group.typical) for group in draws.groups):
+            rows = logits if logits.stride(1) == 1 else logits.contiguous()
+            tokens, peak = self._op(rows, slots, positions, self._integers, self._floats)
+        elif len(draws.groups) == 1:
             tokens, peak = self._draw(draws.groups[0], logits, slots, positions)
         else:
             tokens = torch.empty(count, dtype=torch.int64, device=self.device)
@@ -168,9 +175,9 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens, and the rows' largest logits, which are NaN where any of a row is."""
         if group.kind == GREEDY:
-            tokens = first_argmax(logits)
+            tokens = logits.argmax(-1)
             return tokens, logits.gather(1, tokens[:, None]).squeeze(1).float()
-        seeds, top_k = self._integers[:, slots]
+        seeds, top_k, _ = self._integers[:, slots]
         temperature, top_p, log_min_p, typical_p = self._floats[:, slots]
         if self.device.type == "cpu":
             parameters = zip(*self._floats[:, slots].tolist(), top_k.tolist(), strict=True)

@@ -26,6 +26,7 @@ from inlay.backends.inductor.compile import Packing, inductor_config, packed_wei
 from inlay.backends.inductor.invariance import make_batch_invariant
 from inlay.backends.inductor.workers import Job, compile_jobs
 from inlay.backends.kernels.cpu_ops import INTERFACE, build_ops, load_ops
+from inlay.backends.kernels.kv_layout import key_width
 from inlay.backends.kv_caches import LayerCache
 from inlay.backends.model import ProgramModel, SegmentCall
 from inlay.backends.program import AttentionStep, Program
@@ -52,18 +53,17 @@ INSTRUCTION_SETS = (
 
 
 class CpuAttention:
-    """`inlay_cpu::paged_attention`: key blocks lie transposed, [blocks, Hk, D, block_size].
-
-    A cache of another dtype than the model's goes through `paged_attention_converted`, which makes
-    float32 of each tile before it attends: right, and smaller in memory, but not yet faster.
-    """
+    """`inlay_cpu::paged_attention`, with its layout; a cache of another dtype than the model's goes
+    through `paged_attention_converted`."""
 
     def allocate(
         self, step: AttentionStep, num_blocks: int, block_size: int, dtype: torch.dtype
     ) -> LayerCache:
         heads = step.num_kv_heads
         return LayerCache(
-            torch.empty(num_blocks, heads, step.head_dim, block_size, dtype=dtype),
+            torch.empty(
+                num_blocks, heads, key_width(dtype, step.head_dim), block_size, dtype=dtype
+            ),
             torch.empty(num_blocks, heads, block_size, step.v_head_dim, dtype=dtype),
             make_scales(dtype, num_blocks, heads, block_size),
             make_scales(dtype, num_blocks, heads, block_size),

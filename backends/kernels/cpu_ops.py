@@ -4,8 +4,8 @@
 
 - `paged_attention(q, k, v, k_cache, v_cache, slot_mapping, block_table, seq_lens,
   query_start_loc, scale, window, softcap, sinks, causal=True, chunk=0, slopes=None)`: as
-  `inlay::paged_attention`, but keys lie transposed, k_cache [num_blocks, Hk, D, block_size];
-  block_size a multiple of 16. Sinks and slopes may have any dtype.
+  `inlay::paged_attention`, but the cache is laid out as `kv_layout.py` says; block_size a multiple
+  of 16. Sinks and slopes may have any dtype.
 - `paged_attention_converted(q, k, v, k_cache, v_cache, k_scales, v_scales, slot_mapping, ...)`:
   the same over a cache of any dtype in `passes/kv_formats.py`, with its scales or None.
 - `pack_linear(weight [N, K])` -> handle, an int64 tensor that owns the packed weight; it must be
@@ -27,9 +27,11 @@
   has so many rows, padded where there are fewer; 0 undoes it. Where a CPU's kernels sum in an order
   that depends on how many rows there are, this makes a row's bits the same in any batch.
   Quantized products need none of it: they sum each row in one order.
+- `draw_tokens(logits [N, V], slots, positions, integers, floats)` -> tokens, largest logits:
+  `draw_row` of `runtime/draws.py` for each row, without typical_p, with the state of `Sampler`.
 - `packed_nbytes(handle)`; `packed_format(handle)` ("onednn", or "plain" where oneDNN lacks the
   dtype on this CPU; "int8", "int8_weight_only", "int4_weight_only", "fp8"); `get_isa()`,
-  `set_isa("auto" | "avx512" | "avx2" | "portable")`.
+  `set_isa("auto" | "avx512_bf16" | "avx512" | "avx2" | "portable")`.
 """
 
 from __future__ import annotations
@@ -57,13 +59,15 @@ from inlay.errors import BuildError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
-INTERFACE = 5
+INTERFACE = 6
 """Goes up when an op is added, or when an op's schema or the cache layout changes; libraries of
 one number can stand in for each other."""
 
 _FLAGS = ("-std=c++20", "-O3", "-fPIC")
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 _ISA_FLAGS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+    "avx512_bf16": [*_AVX512, "-mavx512bf16", "-mavx512vbmi"],
+    "avx512": _AVX512,
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "portable": [],
 }
@@ -145,9 +149,9 @@ def _units() -> tuple[_Unit, ...]:
         *((_Unit("quantized_dot.cpp", "quantized_dot", dot_flags),) if x86 else ()),
         *(
             _Unit(f"{name}.cpp", f"{name}_{isa}", (*kernel_flags, *flags, f"-DINLAY_ISA={isa}"))
-            for name in ("attention", "experts", "quantized")
+            for name in ("attention", "experts", "quantized", "sampler")
             for isa, flags in _ISA_FLAGS.items()
-            if x86 or isa == "portable"
+            if (x86 or isa == "portable") and (name == "attention" or isa != "avx512_bf16")
         ),
     )
 

@@ -12,7 +12,7 @@ from inlay.backends.kernels import cpu_ops
 from inlay.passes import quantized_ops as reference
 from inlay.passes.check import relative_rms
 
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = (1, 2, 3, 5, 17, 64, 65, 130)
 FORMATS = ("int8", "int4", "fp8")

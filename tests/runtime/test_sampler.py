@@ -6,7 +6,6 @@ import torch
 from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TypicalLogitsWarper
 
 from inlay.runtime.draws import (
-    first_argmax,
     lowest_kept,
     sample_plain,
     sample_truncated,
@@ -60,22 +59,6 @@ def naive_sample(logits: np.ndarray, params: SamplingParams, position: int) -> i
     keys = row_keys(torch.tensor([seed]), torch.tensor([position]))
     noise = gumbel(keys, torch.tensor(kept, dtype=torch.int32))[0].double().numpy()
     return kept[int((logits[kept].astype(np.float64) / params.temperature + noise).argmax())]
-
-
-@pytest.mark.parametrize("size", [1, 7, 128, 129, 255, 1000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_first_argmax_is_argmax(size: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(size)
-    logits = torch.randint(-3, 3, (50, size)).to(dtype)
-    expected = [row.index(max(row)) for row in logits.tolist()]
-    assert first_argmax(logits).tolist() == expected
-    assert first_argmax(logits.t().contiguous().t()).tolist() == expected
-
-
-def test_first_argmax_with_masked_logits() -> None:
-    logits = torch.full((2, 300), -torch.inf)
-    logits[1, 299] = 0
-    assert first_argmax(logits).tolist() == [0, 299]
 
 
 @pytest.mark.parametrize("vocab_size", [33, 500, 3001])

@@ -4,6 +4,7 @@
 // request's tiles of kTile tokens together, a few rows at a time in registers: scores with vectors
 // across tokens (K is stored transposed), then P V with vectors across the head. All sums are
 // float32 and every row's order of operations depends on nothing but its own position.
+// This is the float32 arithmetic, for every dtype; attention_dots.h has that of bfloat16.
 #include "attention.h"
 #include "vec.h"
 
@@ -52,7 +53,7 @@ int64_t state_floats(const AttentionArgs& a, int rows) {
 
 // An element of a tile that was converted into scratch memory.
 struct Converted { float value; };
-INLAY_INLINE VecF load(const Converted* p) { return load(&p->value); }
+INLAY_INLINE VecF load_part(const Converted* p, int) { return load(&p->value); }
 INLAY_INLINE void store(Converted* p, VecF v) { store(&p->value, v); }
 
 template <class T>
@@ -81,7 +82,7 @@ struct Groups {
 template <class T>
 struct Tile {
   Groups<T> here, next;
-  int64_t k_stride, v_stride;  // between elements of the head, between tokens
+  int64_t k_stride, v_stride;  // between (pairs of) elements of the head, (pairs of) tokens
   int start;
 };
 
@@ -92,16 +93,17 @@ INLAY_NOINLINE static void score_block(const float* q, int rows, int d, const Ti
   const T *k[kScoreVecs], *next[kScoreVecs];
   for (int j = 0; j < kScoreVecs; ++j) {
     const int t = first + j * kLanes;
-    k[j] = tile.here.k[t / kGroup] + t % kGroup;
-    next[j] = tile.next.k[t / kGroup] + t % kGroup;
+    k[j] = tile.here.k[t / kGroup] + t % kGroup * kPair<T>;
+    next[j] = tile.next.k[t / kGroup] + t % kGroup * kPair<T>;
   }
   VecF sums[R][kScoreVecs] = {};
   for (int i = 0; i < d; ++i) {
+    const int64_t at = i / kPair<T> * tile.k_stride;
     VecF keys[kScoreVecs];
 #pragma GCC unroll 4
     for (int j = 0; j < kScoreVecs; ++j) {
-      keys[j] = load(k[j] + i * tile.k_stride);
-      if (kInCache<T> && (sizeof(T) == 4 || i % 2 == 0)) prefetch(next[j] + i * tile.k_stride);
+      keys[j] = load_part(k[j] + at, i % kPair<T>);
+      if (kInCache<T> && (sizeof(T) == 4 || i % 2 == 0)) prefetch(next[j] + at);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -110,7 +112,9 @@ INLAY_NOINLINE static void score_block(const float* q, int rows, int d, const Ti
       for (int j = 0; j < kScoreVecs; ++j) sums[r][j] += query * keys[j];
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int j = 0; j < kScoreVecs; ++j)
       store(scores + r * kTile + first + j * kLanes, sums[r][j]);
 }
@@ -120,20 +124,24 @@ template <class T, int R, int C>
 INLAY_NOINLINE static void value_block(const float* p, const Tile<T>& tile, int column, int begin,
                                        int end, const float* decay, float* acc, int acc_stride) {
   VecF sums[R][C];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int j = 0; j < C; ++j)
       sums[r][j] = load(acc + r * acc_stride + j * kLanes) * splat(decay[r]);
   while (begin < end) {
+    constexpr int pair = kPair<T>;
     const int stop = imin(end, begin / kGroup * kGroup + kGroup);
-    const int64_t offset = (begin % kGroup) * tile.v_stride + column;
-    const T* v = tile.here.v[begin / kGroup] + offset;
-    const T* next = tile.next.v[begin / kGroup] + offset;
-    for (; begin < stop; ++begin, v += tile.v_stride, next += tile.v_stride) {
+    for (; begin < stop; ++begin) {
+      const int64_t offset = begin % kGroup / pair * tile.v_stride + column * pair;
+      const T* v = tile.here.v[begin / kGroup] + offset;
+      const T* next = tile.next.v[begin / kGroup] + offset;
       VecF values[C];
 #pragma GCC unroll 4
       for (int j = 0; j < C; ++j) {
-        values[j] = load(v + j * kLanes);
-        if (kInCache<T> && j * kLanes * sizeof(T) % 64 == 0) prefetch(next + j * kLanes);
+        values[j] = load_part(v + j * kLanes * pair, begin % pair);
+        if (kInCache<T> && begin % pair == 0 && j * kLanes * pair * sizeof(T) % 64 == 0)
+          prefetch(next + j * kLanes * pair);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
@@ -143,7 +151,9 @@ INLAY_NOINLINE static void value_block(const float* p, const Tile<T>& tile, int 
       }
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int j = 0; j < C; ++j) store(acc + r * acc_stride + j * kLanes, sums[r][j]);
 }
 
@@ -175,11 +185,11 @@ INLAY_NOINLINE static void adjust_scores(const AttentionArgs& a, const WorkItem&
   }
 }
 
-// Turns the scores of R rows into weights in place; decay[r] is the factor for what was summed
+// Masks the scores of R rows and moves their maxima; decay[r] is the factor for what was summed
 // before.
 template <int R>
-INLAY_INLINE void softmax_block(const Span* spans, int start, float* scores, float* max, float* sum,
-                                float* decay) {
+INLAY_INLINE void mask_block(const Span* spans, int start, float* scores, float* max,
+                             float* decay) {
   static_assert(kBlockRows <= kDecays);
   VecI first = load_as<VecI>(kCount) + start;
   for (int r = 0; r < R; ++r) {
@@ -200,6 +210,11 @@ INLAY_INLINE void softmax_block(const Span* spans, int start, float* scores, flo
     decay[r] = before - finite(max[r]);
   }
   for (int r = 0; r < R; r += kLanes) store(decay + r, exp_nonpositive(load(decay + r)));
+}
+
+// Turns masked scores into weights in place.
+template <int R>
+INLAY_INLINE void weigh_block(float* scores, const float* max, float* sum, const float* decay) {
   for (int r = 0; r < R; ++r) {
     float* s = scores + r * kTile;
     const float base = finite(max[r]);
@@ -227,7 +242,8 @@ static void attend_block(const AttentionArgs& a, const WorkItem& w, const Tile<T
   if (a.softcap > 0 || a.slopes)
     for (int r = 0; r < R; ++r)
       adjust_scores(a, w, w.row_begin + row + r, tile.start, scores + r * kTile);
-  softmax_block<R>(spans, tile.start, scores, state.max + row, state.sum + row * kLanes, decay);
+  mask_block<R>(spans, tile.start, scores, state.max + row, decay);
+  weigh_block<R>(scores, state.max + row, state.sum + row * kLanes, decay);
   float* acc = state.acc + row * state.acc_stride;
   const int width = state.acc_stride / kLanes;
   int c = 0;
@@ -265,31 +281,28 @@ static Groups<T> find_groups(const AttentionArgs& a, const WorkItem& w, int star
     const int nearest = imin(imax(start + g * kGroup, first), last);
     const int64_t block = a.block_table[w.request * a.max_blocks + nearest / a.block_size];
     const int64_t head = block * a.kv_heads + w.kv_head, offset = nearest % a.block_size;
-    groups.k[g] = (const T*)a.k_cache + head * a.d * a.block_size + offset;
     groups.scale[g] = head * a.block_size + offset;
+    groups.k[g] = (const T*)a.k_cache + groups.scale[g] * a.dk();
     groups.v[g] = (const T*)a.v_cache + groups.scale[g] * a.dv;
   }
   return groups;
 }
 
-// Keys of kLanes tokens, the first with this scale; values of one token.
+// What scales keys of kLanes tokens, the first of them at this place; one token's values.
 template <class T>
-INLAY_INLINE VecF load_k(const AttentionArgs& a, const T* p, int64_t scale) {
-  if constexpr (kTokenScales<T>) return load(p) * load(a.k_scales + scale);
-  else if constexpr (kLayerScale<T>) return load(p) * *a.k_scales;
-  else return load(p);
+INLAY_INLINE VecF k_scale(const AttentionArgs& a, int64_t place) {
+  if constexpr (kTokenScales<T>) return load(a.k_scales + place);
+  else return splat(kLayerScale<T> ? *a.k_scales : 1.f);
 }
-
 template <class T>
-INLAY_INLINE VecF times_v_scale(const AttentionArgs& a, VecF v, int64_t scale) {
-  if constexpr (kTokenScales<T>) return v * a.v_scales[scale];
-  else if constexpr (kLayerScale<T>) return v * *a.v_scales;
-  else return v;
+INLAY_INLINE float v_scale(const AttentionArgs& a, int64_t place) {
+  return kTokenScales<T> ? a.v_scales[place] : kLayerScale<T> ? *a.v_scales : 1.f;
 }
 
 template <class T>
 static Tile<Converted> convert_tile(const AttentionArgs& a, const Tile<T>& in, int lo, int hi,
                                     float* scratch) {
+  constexpr int pair = kPair<T>;
   Converted *k = (Converted*)scratch, *v = k + a.d * kTile;
   const int width = padded(a.dv);
   Tile<Converted> out{{}, {}, kTile, width, in.start};
@@ -298,19 +311,22 @@ static Tile<Converted> convert_tile(const AttentionArgs& a, const Tile<T>& in, i
     out.here.v[g] = v + g * kGroup * width;
     const int start = in.start + g * kGroup;
     if (start + kGroup <= lo || start >= hi) continue;
-    for (int i = 0; i < a.d; ++i)
-      for (int t = 0; t < kGroup; t += kLanes)
-        store(k + i * kTile + g * kGroup + t,
-              load_k(a, in.here.k[g] + i * in.k_stride + t, in.here.scale[g] + t));
+    for (int t = 0; t < kGroup; t += kLanes) {
+      const VecF scale = k_scale<T>(a, in.here.scale[g] + t);
+      for (int i = 0; i < a.d; ++i) {
+        const T* from = in.here.k[g] + i / pair * in.k_stride + t * pair;
+        store(k + i * kTile + g * kGroup + t, load_part(from, i % pair) * scale);
+      }
+    }
     for (int t = imax(lo - start, 0); t < imin(hi - start, kGroup); ++t) {
       Converted* to = v + (g * kGroup + t) * width;
-      const T* from = in.here.v[g] + t * in.v_stride;
-      const int64_t scale = in.here.scale[g] + t;
+      const T* from = in.here.v[g] + t / pair * in.v_stride;
+      const float scale = v_scale<T>(a, in.here.scale[g] + t);
       int c = 0;
       for (; c + kLanes <= a.dv; c += kLanes)
-        store(to + c, times_v_scale<T>(a, load(from + c), scale));
+        store(to + c, load_part(from + c * pair, t % pair) * scale);
       for (; c < width; c += kLanes)
-        store(to + c, times_v_scale<T>(a, load_first(from + c, imax(0, a.dv - c)), scale));
+        store(to + c, load_first_part(from + c * pair, t % pair, imax(0, a.dv - c)) * scale);
     }
   }
   return out;
@@ -374,6 +390,15 @@ static void load_queries(const AttentionArgs& a, const WorkItem& w, float* q, fl
   }
 }
 
+#if defined(__AVX512BF16__)
+#include "attention_dots.h"
+#else
+bool uses_dots(const AttentionArgs&) { return false; }
+void load_query_pairs(const AttentionArgs&, const WorkItem&, float*) {}
+void attend_split_by_dots(const AttentionArgs&, const WorkItem&, int, const float*, float*,
+                          State) {}
+#endif
+
 template <class T>
 static void attend_split(const AttentionArgs& a, const WorkItem& w, int split, const float* q,
                          float* tile_memory, State state) {
@@ -383,7 +408,8 @@ static void attend_split(const AttentionArgs& a, const WorkItem& w, int split, c
   constexpr bool scaled = kTokenScales<T> || kLayerScale<T>;
   const bool direct = !scaled && rows <= kDirectRows && a.dv % kGroup == 0;
   int start = lo / kTile * kTile;
-  Tile<T> tile{{}, find_groups<T>(a, w, start, lo, hi), a.block_size, a.dv, start};
+  constexpr int pair = kPair<T>;
+  Tile<T> tile{{}, find_groups<T>(a, w, start, lo, hi), pair * kGroup, pair * a.dv, start};
   for (; start < hi; start += kTile) {
     tile.start = start;
     tile.here = tile.next;
@@ -400,6 +426,7 @@ static void attend_split(const AttentionArgs& a, const WorkItem& w, int split, c
 
 static void attend_split(const AttentionArgs& a, const WorkItem& w, int split, const float* q,
                          float* tile_memory, State state) {
+  if (uses_dots(a)) return attend_split_by_dots(a, w, split, q, tile_memory, state);
   switch (a.cache_dtype) {
     case DType::kFloat32: return attend_split<float>(a, w, split, q, tile_memory, state);
     case DType::kBFloat16: return attend_split<BFloat16>(a, w, split, q, tile_memory, state);
@@ -413,11 +440,12 @@ static void attend_split(const AttentionArgs& a, const WorkItem& w, int split, c
 template <class T>
 static void attend_typed(const AttentionArgs& a, const WorkItem& w, float* scratch) {
   const int rows = w.row_end - w.row_begin;
-  float *q = scratch, *tile_memory = q + rows * a.d;
+  float *q = scratch, *tile_memory = q + padded(rows * a.d);
   float* states = tile_memory + kTile * (a.d + padded(a.dv));
   State total(w.partial ? w.partial : states, rows, a);
   State next(states + state_floats(a, rows), rows, a);
-  load_queries<T>(a, w, q, tile_memory);
+  if (uses_dots(a)) load_query_pairs(a, w, q);
+  else load_queries<T>(a, w, q, tile_memory);
   total.reset(rows);
   attend_split(a, w, w.first_split, q, tile_memory, total);
   for (int split = w.first_split + 1; split <= w.last_split; ++split) {
@@ -438,7 +466,7 @@ static void finish_typed(const AttentionArgs& a, const WorkItem& w, float* parti
 }
 
 int64_t scratch_floats(const AttentionArgs& a) {
-  return kMaxRows * a.d + kTile * (a.d + padded(a.dv)) + 2 * state_floats(a, kMaxRows);
+  return padded(kMaxRows * a.d) + kTile * (a.d + padded(a.dv)) + 2 * state_floats(a, kMaxRows);
 }
 
 void attend(const AttentionArgs& a, const WorkItem& w, float* scratch) {

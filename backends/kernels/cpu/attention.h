@@ -15,11 +15,21 @@ constexpr int kMaxLanes = 16;
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat8, kInt8 };
 
+// Elements that lie side by side in a cache: two of a key, or those of two tokens' values, where
+// bfloat16 dot products may read it (as it is, or widened).
+static inline int pair_of(DType cache) {
+  return cache == DType::kFloat32 || cache == DType::kFloat16 ? 1 : 2;
+}
+// A key's elements in a cache, the last one zero where it has no partner.
+static inline int padded_head(int d, DType cache) {
+  return (d + pair_of(cache) - 1) / pair_of(cache) * pair_of(cache);
+}
+
 struct AttentionArgs {
   DType dtype, cache_dtype;
   const void* q;        // [tokens, q_heads, d], strides below in elements
-  const void* k_cache;  // [blocks, kv_heads, d, block_size]
-  const void* v_cache;  // [blocks, kv_heads, block_size, dv]
+  const void* k_cache;  // [blocks, kv_heads, block_size / kGroup, dk / pair, kGroup, pair]
+  const void* v_cache;  // [blocks, kv_heads, block_size / pair, dv, pair]
   const float *k_scales, *v_scales;  // int8: [blocks, kv_heads, block_size]; fp8: [1]; or null
   void* out;            // [tokens, q_heads, dv]
   const int32_t* block_table;  // [requests, max_blocks]
@@ -32,6 +42,7 @@ struct AttentionArgs {
   bool causal;
 
   int group() const { return q_heads / kv_heads; }
+  int dk() const { return padded_head(d, cache_dtype); }
 };
 
 struct Span {
@@ -79,6 +90,9 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
 extern const Kernels kernels;
 }
 

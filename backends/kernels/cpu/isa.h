@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "experts.h"
 #include "quantized.h"
+#include "sampler.h"
 
 #include <c10/util/Exception.h>
 
@@ -21,6 +22,7 @@ struct Isa {
   const ExpertsKernels* experts;
   const QuantizedKernels* quantized;
   const ProductKernels* products;  // for what they take, or null
+  const SamplerKernels* sampler;
   bool supported;
 };
 
@@ -37,14 +39,16 @@ const std::vector<Isa>& isas() {
                         __builtin_cpu_supports("avx512dq");
     const bool dots = widest && __builtin_cpu_supports("avx512bf16") &&
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+    found.push_back({"avx512_bf16", &avx512_bf16::kernels, &avx512::experts_kernels,
+                     &avx512::quantized_kernels, &avx512_dot::product_kernels,
+                     &avx512::sampler_kernels, dots});
     found.push_back({"avx512", &avx512::kernels, &avx512::experts_kernels,
-                     &avx512::quantized_kernels, dots ? &avx512_dot::product_kernels : nullptr,
-                     widest});
-    found.push_back(
-        {"avx2", &avx2::kernels, &avx2::experts_kernels, &avx2::quantized_kernels, nullptr, wide});
+                     &avx512::quantized_kernels, nullptr, &avx512::sampler_kernels, widest});
+    found.push_back({"avx2", &avx2::kernels, &avx2::experts_kernels, &avx2::quantized_kernels,
+                     nullptr, &avx2::sampler_kernels, wide});
 #endif
     found.push_back({"portable", &portable::kernels, &portable::experts_kernels,
-                     &portable::quantized_kernels, nullptr, true});
+                     &portable::quantized_kernels, nullptr, &portable::sampler_kernels, true});
     return found;
   }();
   return all;

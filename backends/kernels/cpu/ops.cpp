@@ -1,6 +1,7 @@
 // The ops' schemas. One translation unit: torch's headers take longer to compile than our code.
 #include "handles.h"
 #include "paged_attention.h"
+#include "sampler_ops.h"
 
 #include <torch/library.h>
 
@@ -56,6 +57,9 @@ TORCH_LIBRARY(inlay_cpu, m) {
       "str activation=\"silu\", bool gated=True, float alpha=1.0, float gate_limit=0.0, "
       "float up_limit=0.0, bool limit_activated=False, float up_offset=0.0, "
       "float gate_softcap=0.0, float up_softcap=0.0, float norm_eps=0.0) -> Tensor");
+  m.def(
+      "draw_tokens(Tensor logits, Tensor slots, Tensor positions, Tensor integers, Tensor floats) "
+      "-> (Tensor, Tensor)");
   m.def("fix_rows(Tensor(a!) handle, int rows) -> ()");
   m.def("packed_nbytes(Tensor handle) -> int");
   m.def("packed_format(Tensor handle) -> str");
@@ -78,6 +82,7 @@ TORCH_LIBRARY_IMPL(inlay_cpu, CPU, m) {
   m.impl("fp8_linear", &inlay::fp8_linear);
   m.impl("pack_quantized_experts", &inlay::pack_quantized_experts);
   m.impl("quantized_experts", &inlay::quantized_experts);
+  m.impl("draw_tokens", &inlay::draw_tokens);
   m.impl("fix_rows", &inlay::fix_rows);
   m.impl("packed_nbytes", static_cast<int64_t (*)(const at::Tensor&)>(&inlay::packed_nbytes));
   m.impl("packed_format", &inlay::packed_format);

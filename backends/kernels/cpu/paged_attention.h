@@ -79,7 +79,8 @@ void check_inputs(const Inputs& in) {
   TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0 && heads > 0 && d > 0 && dv > 0,
               "paged_attention: q's heads must be a multiple of k's, and no size 0; got q ",
               in.q.sizes(), ", k ", in.k.sizes(), ", v ", in.v.sizes());
-  check_shape("k_cache", in.k_cache, {-1, kv_heads, d, -1});
+  const int padded = padded_head(static_cast<int>(d), kernel_dtype(in.k_cache.scalar_type()));
+  check_shape("k_cache", in.k_cache, {-1, kv_heads, padded, -1});
   const int64_t blocks = in.k_cache.size(0), block_size = in.k_cache.size(3);
   check_shape("v_cache", in.v_cache, {blocks, kv_heads, block_size, dv});
   TORCH_CHECK(block_size > 0 && block_size % kGroup == 0,

@@ -25,7 +25,6 @@ typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t VecB __attribute__((vector_size(kLanes)));
-typedef int8_t VecC __attribute__((vector_size(kLanes)));
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
@@ -107,14 +106,42 @@ INLAY_INLINE float reduce_max(VecF v) {
 }
 #endif
 
-INLAY_INLINE VecF load(const Int8* p) {
-  return __builtin_convertvector(__builtin_convertvector(load_as<VecC>(p), VecI), VecF);
-}
-INLAY_INLINE VecF load(const Float8* p) {
-  VecU u = __builtin_convertvector(load_as<VecB>(p), VecU);
+INLAY_INLINE VecF float8_values(VecU u) {
   VecU sign = (u & 0x80) << 24, magnitude = u & 0x7f;
   VecU finite = (VecU)((VecF)(magnitude << 20) * 0x1p120f);  // exponents' biases: 127 - 7
   return (VecF)((magnitude == 0x7f ? (VecU{} + 0x7fc00000) : finite) | sign);
+}
+
+// How many elements lie side by side that one sum takes one after the other: tokens' values, or
+// elements of a key. Pairs are what dot products of bfloat16 want.
+template <class T>
+constexpr int kPair = 1;
+template <>
+constexpr int kPair<BFloat16> = 2;
+template <>
+constexpr int kPair<Float8> = 2;
+template <>
+constexpr int kPair<Int8> = 2;
+
+// The part-th of each of kLanes pairs (or singles).
+INLAY_INLINE VecF load_part(const float* p, int) { return load(p); }
+INLAY_INLINE VecF load_part(const Float16* p, int) { return load(p); }
+INLAY_INLINE VecF load_part(const BFloat16* p, int part) {
+  return (VecF)((load_as<VecU>(p) << (part ? 0 : 16)) & 0xffff0000u);
+}
+INLAY_INLINE VecF load_part(const Float8* p, int part) {
+  return float8_values(__builtin_convertvector(load_as<VecH>(p), VecU) >> (8 * part) & 0xff);
+}
+INLAY_INLINE VecF load_part(const Int8* p, int part) {
+  const VecI both = (VecI)__builtin_convertvector(load_as<VecH>(p), VecU);
+  return __builtin_convertvector(both << (24 - 8 * part) >> 24, VecF);
+}
+
+template <class T>
+INLAY_INLINE VecF load_first_part(const T* p, int part, int count) {
+  T padded[kPair<T> * kLanes] = {};
+  memcpy(padded, p, kPair<T> * count * sizeof(T));
+  return load_part(padded, part);
 }
 
 template <class T>
