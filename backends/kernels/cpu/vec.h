@@ -25,6 +25,7 @@ typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t VecB __attribute__((vector_size(kLanes)));
+typedef int8_t VecC __attribute__((vector_size(kLanes)));
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
@@ -110,6 +111,13 @@ INLAY_INLINE VecF float8_values(VecU u) {
   VecU sign = (u & 0x80) << 24, magnitude = u & 0x7f;
   VecU finite = (VecU)((VecF)(magnitude << 20) * 0x1p120f);  // exponents' biases: 127 - 7
   return (VecF)((magnitude == 0x7f ? (VecU{} + 0x7fc00000) : finite) | sign);
+}
+
+INLAY_INLINE VecF load(const Float8* p) {
+  return float8_values(__builtin_convertvector(load_as<VecB>(p), VecU));
+}
+INLAY_INLINE VecF load(const Int8* p) {
+  return __builtin_convertvector(__builtin_convertvector(load_as<VecC>(p), VecI), VecF);
 }
 
 // How many elements lie side by side that one sum takes one after the other: tokens' values, or
