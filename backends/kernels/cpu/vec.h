@@ -112,6 +112,14 @@ INLAY_INLINE VecF float8_values(VecU u) {
   return (VecF)((magnitude == 0x7f ? (VecU{} + 0x7fc00000) : finite) | sign);
 }
 
+INLAY_INLINE VecF load(const Int8* p) {
+  const VecI wide = (VecI)__builtin_convertvector(load_as<VecB>(p), VecU);
+  return __builtin_convertvector(wide << 24 >> 24, VecF);
+}
+INLAY_INLINE VecF load(const Float8* p) {
+  return float8_values(__builtin_convertvector(load_as<VecB>(p), VecU));
+}
+
 // How many elements lie side by side that one sum takes one after the other: tokens' values, or
 // elements of a key. Pairs are what dot products of bfloat16 want.
 template <class T>
