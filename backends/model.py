@@ -51,6 +51,19 @@ class AttentionOp(Protocol):
         """Write k and v, attend: [T, Hq, Dv]; see inlay::paged_attention."""
 
 
+class StepLoop(Protocol):
+    """A backend's own loop over all of a program's steps."""
+
+    def unbind(self) -> None:
+        """Let go of the caches."""
+
+    def bind(self, caches: Mapping[int, LayerCache]) -> None:
+        """Run with these caches from now on."""
+
+    def run(self, step: StepInputs, names: Sequence[str]) -> list[torch.Tensor]:
+        """The values of these names after a step."""
+
+
 class ProgramModel:
     """A `LoadedModel` over any backend's segments."""
 
@@ -64,9 +77,10 @@ class ProgramModel:
         attention: AttentionOp,
         device: torch.device,
         make_batch_invariant: Callable[[], None],
+        loop: StepLoop | None = None,
     ) -> None:
         """weights: for each segment step its weights; attention_weights: those that attention
-        takes (sinks, ALiBi slopes) by name."""
+        takes (sinks, ALiBi slopes) by name; loop: runs steps that nobody observes."""
         self.make_batch_invariant = make_batch_invariant
         self.program = program
         self.limits = limits
@@ -76,6 +90,7 @@ class ProgramModel:
         self.dtype: torch.dtype = getattr(torch, program.dtype)
         self.kv_groups = self.kv_groups_for(None)
         self._attention = attention
+        self._loop = loop
         self._attention_weights = attention_weights
         self._caches: dict[int, LayerCache] = {}
         self._pieces: dict[tuple[int, tuple[torch.Size, ...]], SegmentCall] = {}
@@ -88,7 +103,7 @@ class ProgramModel:
             0,
         )
         weight_lists = iter(weights)
-        dead = _last_uses(program)
+        dead = last_uses(program)
         self._plan: list[tuple[SegmentStep | AttentionStep, Any, Any, tuple[str, ...]]] = [
             (step, segments[step.segment], next(weight_lists), dead[index])
             if isinstance(step, SegmentStep)
@@ -103,10 +118,14 @@ class ProgramModel:
         wanted = kv_dtype(dtype, self.dtype)
         sizes = blocks_of_groups(num_blocks, len(self.kv_groups))
         self._caches = {}  # freed before the new ones are made
+        if self._loop is not None:
+            self._loop.unbind()
         for step in cached_layers(self.program):
             self._caches[step.cache] = self._attention.allocate(
                 step, sizes[step.group], self.limits.block_size, wanted
             )
+        if self._loop is not None:
+            self._loop.bind(self._caches)
 
     def kv_tensors(self, group: int) -> list[torch.Tensor]:
         layers = [step for step in cached_layers(self.program) if step.group == group]
@@ -144,6 +163,9 @@ class ProgramModel:
         assert self._caches, "allocate_kv_cache was not called"
         if self.is_encoder:
             self._check_requests(step)
+        if self._loop is not None and self.observer is None and not in_pieces:
+            wanted = [self.program.logits, *([keep] if keep else [])]
+            return dict(zip(wanted, self._loop.run(step, wanted), strict=True))
         values = {
             "input_ids": step.input_ids[None],
             "position_ids": step.position_ids[None],
@@ -194,7 +216,7 @@ class ProgramModel:
         self.limits.refuse_padding(step.input_ids[: step.num_tokens].tolist())
 
 
-def _last_uses(program: Program) -> list[tuple[str, ...]]:
+def last_uses(program: Program) -> list[tuple[str, ...]]:
     """For each step the values that no later step reads, so that activations are freed early."""
     dead: list[tuple[str, ...]] = []
     seen = {program.logits}

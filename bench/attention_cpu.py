@@ -1,6 +1,6 @@
 """Paged attention in C++ alone: decode, prefill and mixed steps, for each dtype of the cache.
 
-    python -m inlay.bench.attention_cpu [--threads 2] [--repeats 20] [decode prefill mixed]
+    python -m inlay.bench.kernels_cpu [--threads 2] [--repeats 20] [decode prefill mixed]
 
 One JSON line for each step. Caches of one step run in turns, eight of each, as of eight layers, and
 the best time of each counts: a decode is bound by memory, so beside its GB/s of cache stands that
@@ -11,10 +11,7 @@ reaches. Outputs are compared first with attention in float32: `error` is relati
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 from inlay.backends.inductor.backend import CpuAttention
-from inlay.backends.kernels.cpu_ops import load_ops
 from inlay.backends.program import AttentionStep
 from inlay.bench.roofline import product_rate, read_bandwidth
 from inlay.passes.kv_formats import KV_CACHE_DTYPES, vector_nbytes
@@ -195,28 +191,3 @@ def bench_prefill(repeats: int, tokens: int = 1024) -> Iterator[dict[str, Any]]:
 
 
 BENCHES = {"decode": bench_decode, "prefill": bench_prefill, "mixed": bench_mixed}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("benches", nargs="*", choices=[*BENCHES, []], metavar="bench")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=20)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    load_ops()
-    conditions = {
-        "isa": torch.ops.inlay_cpu.get_isa(),
-        "threads": arguments.threads,
-        "block_size": BLOCK_SIZE,
-        "torch": torch.__version__,
-        "load_average": round(os.getloadavg()[0], 1),
-    }
-    with torch.inference_mode():
-        for name in arguments.benches or BENCHES:
-            for facts in BENCHES[name](arguments.repeats):
-                print(json.dumps({**facts, **conditions}), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
-"""The C++ ops alone: linear layers and calls beside torch's own and the machine's limits.
+"""The C++ ops alone: attention and linear layers beside torch's own and the machine's limits.
 
-    python -m inlay.bench.kernels_cpu [--threads 2] [--repeats 20] [linear calls]
+    python -m inlay.bench.kernels_cpu [--threads 2] [--repeats 20] [linear decode prefill mixed ...]
 
 One JSON line for each measurement. What is compared runs in turns and the best of each counts;
 outputs are compared first. With one thread the clock is that thread's CPU time, which a busy host
@@ -13,32 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from inlay.backends.kernels.cpu_ops import load_ops
-from inlay.bench.attention_cpu import attention_call
+from inlay.bench import attention_cpu
+from inlay.bench.attention_cpu import Run, attention_call, best_seconds
 from inlay.bench.roofline import read_bandwidth
 from inlay.bench.shapes import SHAPES
 
-Run = Callable[[], Any]
 TOLERANCE = 2e-2
 """Relative error in norm, of bfloat16 against bfloat16."""
-
-
-def best_seconds(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """The shortest time of each, taken in turns."""
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(repeats + 1):
-        for name, run in runs.items():
-            begin = clock()
-            run()
-            best[name] = min(best[name], clock() - begin)
-    return best
 
 
 def check_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -125,6 +113,7 @@ def bench_calls(repeats: int) -> Iterator[dict[str, Any]]:
 
 BENCHES = {
     "linear": bench_linear,
+    **attention_cpu.BENCHES,
     "calls": bench_calls,
 }
 

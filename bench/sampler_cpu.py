@@ -28,7 +28,7 @@ from inlay.backends.kernels.cpu_ops import load_ops
 from inlay.runtime.sampler import Sampler
 from inlay.runtime.sampling_params import SamplingParams
 
-ROWS, SPREADS = 64, (6.0, 3.0, 0.01)
+ROWS, VOCAB_SIZE, SPREADS = 64, 32_000, (6.0, 3.0, 0.01)
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "temperature": {},
@@ -58,7 +58,10 @@ def timed(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, d
     }
 
 
-def measure(repeats: int, vocab_size: int, dtype: torch.dtype) -> dict[str, Any]:
+def measure(
+    repeats: int, vocab_size: int = VOCAB_SIZE, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    load_ops()
     generator, slots = torch.Generator().manual_seed(0), np.arange(ROWS)
     noise = torch.randn(ROWS, vocab_size, generator=generator)
     kinds: dict[str, Any] = {}
@@ -85,10 +88,9 @@ def measure(repeats: int, vocab_size: int, dtype: torch.dtype) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument("--vocab", type=int, default=32_000)
+    parser.add_argument("--vocab", type=int, default=VOCAB_SIZE)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
-    load_ops()
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     conditions = {
         "bench": "sampler_cpu",

@@ -87,7 +87,7 @@ def connect(
     in_process: run it in a thread of this process, for debugging and for Python callables.
     on_outputs, on_death: called in a thread of the client's, one call at a time; they may submit
         and abort, but not `call`. They must not hold the client if it shall end when forgotten.
-    num_threads: threads of the worker's OpenMP; None leaves that to its environment variables.
+    num_threads: threads of the worker's OpenMP; None as `threads.thread_settings` says.
 
     Raises what loading raised, as its own class where that is one of inlay.errors; OptionError;
     EngineError where the worker died of loading.

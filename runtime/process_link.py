@@ -31,6 +31,7 @@ from inlay.runtime.messages import (
     decode,
     encode,
 )
+from inlay.runtime.threads import thread_settings
 
 if TYPE_CHECKING:
     from inlay.runtime.admission import Admission
@@ -39,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 GRACE = 2.0
 """Seconds that a worker is given to end its step, and then to obey SIGTERM."""
-
-OPENMP_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 BOOTSTRAP = """
 import json, signal, sys
@@ -212,11 +211,10 @@ def _init_frame(engine: Any, config: ExecutorConfig | None) -> bytes:
 
 def _spawn(fd: int, num_threads: int | None) -> subprocess.Popen[bytes]:
     """A worker that has this end of the pair, this sys.path, no stdin, and our stderr."""
-    environment = dict(os.environ)
-    if num_threads is not None:
-        if not isinstance(num_threads, int) or isinstance(num_threads, bool) or num_threads < 1:
-            raise OptionError(f"num_threads must be None or an integer >= 1; given {num_threads!r}")
-        environment.update(dict.fromkeys(OPENMP_THREADS, str(num_threads)))
+    is_number = isinstance(num_threads, int) and not isinstance(num_threads, bool)
+    if num_threads is not None and not (is_number and num_threads >= 1):
+        raise OptionError(f"num_threads must be None or an integer >= 1; given {num_threads!r}")
+    environment = {**os.environ, **thread_settings(num_threads, os.environ)}
     path = json.dumps([entry for entry in sys.path if isinstance(entry, str)])
     command = [sys.executable, "-c", BOOTSTRAP, str(fd), path]
     # Ctrl-C in a terminal goes to all processes, and ours decides. Until the worker ignores it, it

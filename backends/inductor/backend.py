@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from inlay.backends.cache import cache_dir, content_key, fetch
 from inlay.backends.graph_json import graph_from_json, graph_to_json
 from inlay.backends.inductor.compile import Packing, inductor_config, packed_weights
 from inlay.backends.inductor.invariance import make_batch_invariant
+from inlay.backends.inductor.native import NativeLoop
 from inlay.backends.inductor.workers import Job, compile_jobs
 from inlay.backends.kernels.cpu_ops import INTERFACE, build_ops, load_ops
 from inlay.backends.kernels.kv_layout import key_width
 from inlay.backends.kv_caches import LayerCache
-from inlay.backends.model import ProgramModel, SegmentCall
+from inlay.backends.model import ProgramModel
 from inlay.backends.program import AttentionStep, Program
 from inlay.errors import ArtifactError
 from inlay.passes.kv_formats import make_scales
@@ -150,30 +151,27 @@ class InductorBackend:
             ]
             for step in program.segment_steps
         ]
+        attention_weights = {
+            name: reader.get(name).clone() for name in program.attention_weight_names
+        }
+        packages = {key: artifact.segment_file(key, PACKAGE) for key in graphs}
+        loop = NativeLoop(program, packages, weights, attention_weights)
         return ProgramModel(
             program,
             ModelLimits(**artifact.manifest["limits"]),
-            {key: _load_package(artifact.segment_file(key, PACKAGE)) for key in graphs},
+            loop.segments,
             weights,
-            {name: reader.get(name).clone() for name in program.attention_weight_names},
+            attention_weights,
             CpuAttention(),
             torch.device("cpu"),
             lambda: make_batch_invariant(program, graphs, weights, _cpu_flags()),
+            loop,
         )
 
 
 def _resident(tensor: torch.Tensor, packing: Packing | None) -> torch.Tensor:
     """A weight that lives on when its shard is unmapped."""
     return tensor.clone() if packing is None else packing(tensor)
-
-
-def _load_package(path: Path) -> SegmentCall:
-    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
-
-    def call(args: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        return loader.run(args)
-
-    return call
 
 
 def _target() -> dict[str, Any]:

@@ -73,7 +73,8 @@ class LLM(EngineControl):
         tokenizer: a tokenizer, or where to load one from; None takes the model's own.
         in_process: run the engine in a thread of this process, for debugging and for logits
             processors that are plain callables.
-        num_threads: of the engine's process; None leaves it to OMP_NUM_THREADS, else all cores.
+        num_threads: of the engine's process; None leaves it to OMP_NUM_THREADS, else to the
+            physical cores that this process may use (affinity and CPU quota count).
         seed: requests without a seed get theirs from this one, in the order they come.
         max_queue_size: requests under way at once; beyond it `generate_async` and streams raise
             RequestError, while calls that wait for their outputs wait for room too.

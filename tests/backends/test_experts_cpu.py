@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from inlay.backends.graph_json import graph_from_json
-from inlay.backends.inductor.backend import _load_package
 from inlay.backends.inductor.compile import Packing, _Segment, compile_segment, packed_weights
+from inlay.backends.inductor.native import load_package
 from inlay.backends.kernels import cpu_ops
 from inlay.errors import BuildError
 from inlay.passes.check import relative_rms
@@ -209,12 +209,12 @@ def test_a_compiled_segment(tmp_path: Path) -> None:
     weights = [case.up, case.down, case.up_bias, case.down_bias]
     resident = [packed[i](w) if i in packed else w for i, w in enumerate(weights)]
     inputs = [case.top_k_weights, case.top_k_index, case.x]
-    out, negative = _load_package(tmp_path / "segment.pt2")([*resident, *inputs])
+    out, negative = load_package(tmp_path / "segment.pt2")([*resident, *inputs])
     expected = case.x + case.reference()
     assert relative_rms(expected, out) < TOLERANCE[torch.float32]
     assert negative.equal(-case.x)
     wrong = [*resident[:2], case.up_bias, case.down_bias]
-    out, _ = _load_package(tmp_path / "segment.pt2")([*wrong, *inputs])
+    out, _ = load_package(tmp_path / "segment.pt2")([*wrong, *inputs])
     assert relative_rms(expected, out) > 1e-2
 
 

@@ -25,10 +25,11 @@ from inlay.backends.artifact import MANIFEST, write_manifest
 from inlay.backends.base import BuildSettings, ModelLimits
 from inlay.backends.eager.backend import EagerBackend, interpret
 from inlay.backends.graph_json import graph_from_json, graph_to_json
-from inlay.backends.inductor.backend import OPS, PACKAGE, InductorBackend, _load_package
+from inlay.backends.inductor.backend import OPS, PACKAGE, InductorBackend
 from inlay.backends.inductor.compile import packed_weights
+from inlay.backends.inductor.native import load_package
 from inlay.backends.kernels.cpu_ops import build_ops
-from inlay.backends.model import SegmentCall
+from inlay.backends.model import ProgramModel, SegmentCall
 from inlay.backends.step import StepRequest, build_step
 from inlay.engine import build
 from inlay.errors import ArtifactError, BuildError
@@ -93,7 +94,7 @@ def test_every_segment_at_every_size_in_float32(engine: Engine) -> None:
     engine.load_model()  # which loads the ops
     for key in engine.artifact.program.segment_keys:
         graph = engine.artifact.json(f"segments/{key}/graph.json")
-        compiled = _load_package(engine.artifact.segment_file(key, PACKAGE))
+        compiled = load_package(engine.artifact.segment_file(key, PACKAGE))
         for size in SIZES:
             outputs = compare(graph, compiled, size, 1e-5)
             assert any(size in output.shape for output in outputs)
@@ -117,6 +118,24 @@ def test_quantized_caches_and_hidden_states(engine: Engine, dtype: str, loss: fl
         assert torch.equal(hidden, kept)  # compiled code does not take its memory back
 
 
+@pytest.mark.parametrize("cache", [None, "int8", "fp8"])
+def test_the_loop_in_cpp_gives_the_interpreters_bits(engine: Engine, cache: str | None) -> None:
+    """An observer brings the interpreter in; caches are allocated again in between."""
+    model, seen = engine.load_model(), []
+    assert isinstance(model, ProgramModel)
+    results = []
+    for observer in (None, lambda index, values: seen.append(index) or values):
+        model.observer = observer
+        model.allocate_kv_cache(8, cache)
+        for begin, end in ((0, 20), (20, 21), (21, 40)):
+            tokens = [StepRequest(list(range(begin, end)), begin, [[5, 2, 7]])]
+            results.append(model.forward_hidden(build_step(tokens, 16, num_tokens=24)))
+        results.append((model.forward(build_step(tokens, 16)), torch.empty(0)))
+    assert seen == 4 * list(range(len(model.program.steps)))
+    for ours, theirs in zip(results[:4], results[4:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_middle_segment_at_every_size_in_bfloat16(tmp_path: Path) -> None:
     model = build_toy("llama", torch.bfloat16)
     captured = capture(model, 64)
@@ -128,7 +147,7 @@ def test_a_middle_segment_at_every_size_in_bfloat16(tmp_path: Path) -> None:
     backend = InductorBackend()
     backend.check(program, BuildSettings(limits, 0, print))
     backend.build({middle: segments[middle]}, tmp_path, BuildSettings(limits, 0, print))
-    compiled = _load_package(tmp_path / middle / PACKAGE)
+    compiled = load_package(tmp_path / middle / PACKAGE)
     for size in SIZES:
         # Intermediate values that Inductor keeps in float32 the interpreter rounds: 2^-9 each.
         compare(graph_to_json(segments[middle]), compiled, size, 1e-2)

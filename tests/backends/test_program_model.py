@@ -10,7 +10,7 @@ import torch
 
 from inlay.backends.artifact import Artifact
 from inlay.backends.eager.backend import EagerBackend
-from inlay.backends.model import ProgramModel, _last_uses
+from inlay.backends.model import ProgramModel, last_uses
 from inlay.backends.program import AttentionStep, Program, SegmentStep
 from inlay.backends.step import StepRequest, build_step
 from inlay.engine import build
@@ -169,7 +169,7 @@ def test_values_are_freed_after_their_last_use() -> None:
         dtype="float32",
         vocab_size=3,
     )
-    assert _last_uses(program) == [
+    assert last_uses(program) == [
         ("input_ids", "position_ids", "unused"),
         (),
         ("k", "q", "v"),

@@ -1,6 +1,7 @@
 // The ops' schemas. One translation unit: torch's headers take longer to compile than our code.
 #include "handles.h"
 #include "paged_attention.h"
+#include "program.h"
 #include "sampler_ops.h"
 
 #include <torch/library.h>
@@ -63,6 +64,14 @@ TORCH_LIBRARY(inlay_cpu, m) {
   m.def("fix_rows(Tensor(a!) handle, int rows) -> ()");
   m.def("packed_nbytes(Tensor handle) -> int");
   m.def("packed_format(Tensor handle) -> str");
+  m.class_<inlay::Program>("Program")
+      .def(torch::init<>())
+      .def("add_package", &inlay::Program::add_package)
+      .def("run_package", &inlay::Program::run_package)
+      .def("clear", &inlay::Program::clear)
+      .def("add_segment", &inlay::Program::add_segment)
+      .def("add_attention", &inlay::Program::add_attention)
+      .def("run", &inlay::Program::run);
   m.def("get_isa() -> str", &inlay::get_isa);
   m.def("set_isa(str name) -> ()", &inlay::set_isa);
   m.def("build_stamp() -> str", &build_stamp);

@@ -25,7 +25,6 @@ typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t VecB __attribute__((vector_size(kLanes)));
-typedef int8_t VecC __attribute__((vector_size(kLanes)));
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
@@ -113,11 +112,12 @@ INLAY_INLINE VecF float8_values(VecU u) {
   return (VecF)((magnitude == 0x7f ? (VecU{} + 0x7fc00000) : finite) | sign);
 }
 
+INLAY_INLINE VecF load(const Int8* p) {
+  const VecI wide = (VecI)__builtin_convertvector(load_as<VecB>(p), VecU);
+  return __builtin_convertvector(wide << 24 >> 24, VecF);
+}
 INLAY_INLINE VecF load(const Float8* p) {
   return float8_values(__builtin_convertvector(load_as<VecB>(p), VecU));
-}
-INLAY_INLINE VecF load(const Int8* p) {
-  return __builtin_convertvector(__builtin_convertvector(load_as<VecC>(p), VecI), VecF);
 }
 
 // How many elements lie side by side that one sum takes one after the other: tokens' values, or
