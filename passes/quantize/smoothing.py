@@ -12,8 +12,8 @@ from inlay.passes.quantize.config import Scheme
 from inlay.passes.quantize.rounding import quantize_weight
 from inlay.passes.quantized_ops import dequantize
 
-ROWS = 1024
-"""Rows of input that AWQ judges a layer's output on; it chooses one number of STEPS by them."""
+ROWS, OUTPUTS = 1024, 512
+"""Rows of input, and outputs of a layer, that AWQ judges by; it chooses one number of STEPS."""
 
 STEPS = 20
 SMALLEST = 1e-5
@@ -33,8 +33,9 @@ def smoothquant(inputs: Sequence[Tensor], weight: Tensor, alpha: float) -> Tenso
 
 
 def awq(inputs: Sequence[Tensor], weight: Tensor, scheme: Scheme) -> Tensor:
-    """mean|x_j|^alpha, float32 [K], for the alpha from 0 to 1 of least squared error of the layer's
-    output once the scaled weight is rounded to nearest.
+    """mean|x_j|^alpha / mean|w_j|^(1 - alpha), float32 [K], for the alpha from 0 to 1 of least
+    squared error of the layer's output once the scaled weight is rounded to nearest; ones where no
+    alpha betters it. The weight's part is from the authors' code; the paper has the inputs' alone.
 
     inputs [.., K] in chunks, weight [N, K]. Clipping, the paper's second search, is in the
     rounding itself (rounding.FACTORS).
@@ -43,10 +44,12 @@ def awq(inputs: Sequence[Tensor], weight: Tensor, scheme: Scheme) -> Tensor:
     mean = torch.stack([_rows(x).abs().sum(0, dtype=torch.float32) for x in inputs]).sum(0)
     mean = (mean / num_rows).clamp_min(SMALLEST)
     rows = sample_rows(inputs, ROWS).float()
-    wide = weight.float()
+    of_weight = weight.abs().mean(0, dtype=torch.float32).clamp_min(SMALLEST)
+    wide = sample_rows([weight], OUTPUTS).float()
     best, least = torch.ones_like(mean), float("inf")
-    for step in range(STEPS):
-        factors = mean.pow(step / STEPS)
+    for step in range(-1, STEPS + 1):
+        alpha = step / STEPS
+        factors = mean.pow(alpha) / of_weight.pow(1 - alpha) if step >= 0 else best
         factors = factors / (factors.max() * factors.min()).sqrt()
         rounded = dequantize(*quantize_weight(wide * factors, scheme)) / factors
         loss = float((rows @ (rounded - wide).t()).square().sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ BATCHES = [texts(128, (60, 40, 33), 1), texts(128, (50, 64), 2)]
 FRESH = texts(128, (40, 30), 3)
 
 
+@functools.cache
 def fused(name: str, **options: Any) -> tuple[GraphModule, dict[str, torch.Tensor]]:
     gm, tensors = capture_toy(name, torch.float32, **options)
     run_passes(gm, BEFORE_QUANTIZATION)
