@@ -313,6 +313,7 @@ def test_a_zero_point_of_zero(v2: bool, tmp_path: Path) -> None:
     assert differences(load_source(checkpoint.folder, "float32"), checkpoint.model) == {}
 
 
+@pytest.mark.filterwarnings("ignore:You passed .quantization_config")
 def test_transformers_reads_the_same_zero_points(tmp_path: Path) -> None:
     made = packed(symmetric=False, scales_in=torch.float32)  # it dequantizes in the scales' dtype
     checkpoint = write(build_toy("llama", **SIZES), tmp_path, *made)
