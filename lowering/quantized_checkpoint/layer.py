@@ -15,8 +15,8 @@ from inlay.passes.quantized_ops import dequantize
 GROUP_SIZES = (32, 64, 128)
 """Inputs that may share a scale where not all do; multiples of the last are split into it."""
 
-ROWS_AT_ONCE = 1 << 24
-"""Elements of a weight that are widened to float32 at once."""
+ROWS_AT_ONCE = 1 << 20
+"""Elements of a weight that are widened to float32 at once, in each of the loader's threads."""
 
 
 @dataclass

@@ -283,6 +283,37 @@ def test_an_lm_head_and_tied_embeddings(tmp_path: Path) -> None:
     assert references.rounding < SAME
 
 
+def test_a_quantized_embedding_that_is_the_head_too(tmp_path: Path) -> None:
+    pack, config = packed()
+    rows, eight = w8a8({})
+    group = {"targets": ["Embedding"], "weights": eight["config_groups"]["group_0"]["weights"]}
+    config["config_groups"]["group_1"] = {**group, "format": "int-quantized"}
+
+    def both(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return (rows if "embed" in name else pack)(name, weight)
+
+    model = build_toy("llama", **SIZES, tie_word_embeddings=True)
+    checkpoint = write(model, tmp_path, both, config, skip="lm_head")
+    references, report = quantized_graph(load_source(checkpoint.folder, "float32"))
+    assert (report.matches, report.expected) == (6, 6)
+    assert error(references, checkpoint.model) < SAME
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_a_zero_point_of_zero(v2: bool, tmp_path: Path) -> None:
+    """Which gptq_v2 stores as 0 and gptq as 15."""
+    pack, config = gptq(4, 32, False, v2=v2)
+
+    def positive(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, meant = pack(name, weight.abs())
+        assert set(tensors["qzeros"].flatten().tolist()) == {0 if v2 else -1}
+        return tensors, meant
+
+    checkpoint = write(build_toy("llama", **SIZES), tmp_path, positive, config)
+    assert differences(load_source(checkpoint.folder, "float32"), checkpoint.model) == {}
+
+
+@pytest.mark.filterwarnings("ignore:You passed .quantization_config")
 def test_transformers_reads_the_same_zero_points(tmp_path: Path) -> None:
     made = packed(symmetric=False, scales_in=torch.float32)  # it dequantizes in the scales' dtype
     checkpoint = write(build_toy("llama", **SIZES), tmp_path, *made)
