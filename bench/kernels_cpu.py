@@ -1,6 +1,6 @@
 """The C++ ops alone: attention and linear layers beside torch's own and the machine's limits.
 
-    python -m inlay.bench.kernels_cpu [--threads 2] [--repeats 20] [linear decode prefill mixed ...]
+    python -m inlay.bench.kernels_cpu [--threads 2] [--repeats 20] [linear products decode ...]
 
 One JSON line for each measurement. What is compared runs in turns and the best of each counts;
 outputs are compared first. With one thread the clock is that thread's CPU time, which a busy host
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from inlay.backends.kernels.cpu_ops import load_ops
 from inlay.bench import attention_cpu
 from inlay.bench.attention_cpu import Run, attention_call, best_seconds
+from inlay.bench.products_cpu import bench_products
 from inlay.bench.roofline import read_bandwidth
 from inlay.bench.shapes import SHAPES
 
@@ -111,8 +112,9 @@ def bench_calls(repeats: int) -> Iterator[dict[str, Any]]:
     yield {"bench": "calls", "us": {name: round(s * 1e6, 1) for name, s in seconds.items()}}
 
 
-BENCHES = {
+BENCHES: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
     "linear": bench_linear,
+    "products": bench_products,
     **attention_cpu.BENCHES,
     "calls": bench_calls,
 }

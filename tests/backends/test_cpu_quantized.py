@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +20,10 @@ ROWS = (1, 2, 3, 5, 17, 64, 65, 130)
 FORMATS = ("int8", "int4", "fp8")
 FP8 = torch.float8_e4m3fn
 
-# One rounding of the result, half a unit in the last place, and sums inside: their errors show where
-# terms cancel, so they are taken against the size of the terms. Float32 sums of 512 terms are off by
-# 2^-20 of it; where x is split into bytes each number of a 16-bit x is off by 2^-15 of the largest
-# at most, by 2^-17 in the mean, and as these errors are random they add up like terms do.
+# One rounding of the result, half a unit in the last place, and sums inside: their errors show
+# where terms cancel, so they are taken against the size of the terms. Float32 sums of 512 terms are
+# off by 2^-20 of it; where x is split into bytes a 16-bit number is off by 2^-15 of the largest at
+# most, by 2^-17 in the mean, and as these errors are random they add up like terms do.
 RTOL = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SUMS = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-15, torch.float16: 2.0**-15}
 
@@ -130,14 +132,16 @@ def check_close(out: Tensor, exact: Tensor, terms: Tensor, dtype: torch.dtype) -
     assert (error <= exact.abs() * RTOL[dtype] + terms * SUMS[dtype]).all(), error.max()
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    ("kind", "with_zero"),
+    [("int8", False), ("int8", True), ("int4", False), ("int4", True), ("fp8", False)],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "groups"),
     [((32, 128), 4), ((96, 256), 4), ((64, 256), 2), ((67, 46), 1), ((33, 48), 4), ((40, 512), 1)],
     ids=str,
 )
-@pytest.mark.parametrize("with_zero", [False, True])
 def test_weight_only_linear(
     isa: str,
     kind: str,
@@ -146,8 +150,6 @@ def test_weight_only_linear(
     groups: int,
     with_zero: bool,
 ) -> None:
-    if with_zero and kind == "fp8":
-        pytest.skip("fp8 has no zero points")
     outputs, inputs = shape
     weight = stored_weight(kind, outputs, inputs)
     scale_dtype = DTYPES[groups % 3]
@@ -350,6 +352,72 @@ def test_one_token_of_quantized_experts_reads_its_experts_only(isa: str) -> None
         scale, None, "int8", gated=False,
     )  # fmt: skip
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weight_only_with_a_number_much_larger_than_the_others(
+    isa: str, dtype: torch.dtype
+) -> None:
+    """As in activations of first tokens: it costs only its own 128 inputs their last bits."""
+    weight, scale = integers(64, 512), torch.full((1, 64), 0.01)
+    x = torch.randn(7, 512).to(dtype)
+    x[:, 5] = 3000.0
+    handle = torch.ops.inlay_cpu.pack_weight_only(weight)
+    out = torch.ops.inlay_cpu.weight_only_linear(x, handle, scale, None, None, 64)
+    exact = x.double() @ (weight.double() * 0.01).t()
+    terms = x.double().norm(dim=1)[:, None] * weight.double().norm(dim=1) / 100
+    check_close(out, exact, terms, dtype)
+    weight[:, :128] = 0  # the others are as exact as ever
+    out = torch.ops.inlay_cpu.weight_only_linear(
+        x, torch.ops.inlay_cpu.pack_weight_only(weight), scale, None, None, 64
+    )
+    rest = x[:, 128:].double()
+    wide = weight[:, 128:].double() / 100
+    check_close(out, rest @ wide.t(), rest.norm(dim=1)[:, None] * wide.norm(dim=1), dtype)
+
+
+def test_inputs_that_are_not_finite_stay_in_their_row(isa: str) -> None:
+    weight, scale = integers(32, 128), torch.rand(1, 32)
+    handle, x = torch.ops.inlay_cpu.pack_weight_only(weight), torch.randn(3, 128).bfloat16()
+    clean = torch.ops.inlay_cpu.weight_only_linear(x, handle, scale, None, None, 32)
+    for value in (float("nan"), float("inf")):
+        x[1, 7] = value
+        out = torch.ops.inlay_cpu.weight_only_linear(x, handle, scale, None, None, 32)
+        assert not out[1].isfinite().any()
+        assert torch.equal(out[::2], clean[::2])
+
+
+@pytest.mark.parametrize("shape", [(1152, 896), (96, 2048), (64, 30)], ids=str)
+def test_bfloat16_rows_do_not_depend_on_the_batch_or_threads(shape: tuple[int, int]) -> None:
+    ops = torch.ops.inlay_cpu
+    x, weight = torch.randn(300, shape[1]).bfloat16(), torch.randn(shape).bfloat16()
+    handle = ops.pack_linear(weight)
+    ops.fix_rows(handle, 32)
+    whole, before = ops.linear(x, handle, None, shape[0]), torch.get_num_threads()
+    terms = x.double().norm(dim=1)[:, None] * weight.double().norm(dim=1)
+    check_close(whole, x.double() @ weight.double().t(), terms, torch.bfloat16)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for begin, end in ((0, 1), (7, 9), (3, 16), (100, 164), (31, 200)):
+                part = ops.linear(x[begin:end], handle, None, shape[0])
+                assert torch.equal(part, whole[begin:end]), (threads, begin, end)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_memory_of_packed_weights_is_given_back() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    weight = integers(2048, 4096)
+    torch.ops.inlay_cpu.pack_int8(weight)
+    before = resident()
+    for _ in range(20):
+        torch.ops.inlay_cpu.pack_int8(weight)
+    assert resident() - before < 5 * weight.nbytes
 
 
 # --- handles, refusals -----------------------------------------------------------------------

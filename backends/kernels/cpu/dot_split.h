@@ -18,7 +18,7 @@ constexpr int kSplitRows = 6;          // 4 sums each
 
 struct SplitSegment {
   float unit;
-  int32_t sum;
+  int32_t sum, start;  // of x; minus it times the zero point that weights have without zeros
 };
 
 INLAY_INLINE int64_t split_inputs(int64_t group_size) {
@@ -41,8 +41,8 @@ INLAY_INLINE int64_t split_row_bytes(int64_t in_features, int64_t group_size) {
 INLAY_INLINE float from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 
 // x [count] in units of a power of two; the largest has 15 bits, or 14.
-static SplitSegment split_segment(const Rows& rows, int64_t at, int64_t count, char* high,
-                                  char* low) {
+static SplitSegment split_segment(const Rows& rows, int64_t at, int64_t count, int middle,
+                                  char* high, char* low) {
   VecF most = {};
   for (int64_t i = 0; i < count; i += kLanes) {
     const VecF v = load_any(rows.dtype, rows.from, at + i, count - i);
@@ -67,10 +67,14 @@ static SplitSegment split_segment(const Rows& rows, int64_t at, int64_t count, c
     memcpy(high + i, &h, left);
     memcpy(low + i, &l, left);
   }
-  return {unit, _mm512_reduce_add_epi32(sum)};
+  const int32_t total = _mm512_reduce_add_epi32(sum);
+  return {unit, total, -middle * total};
 }
 
-static void split_row(const Rows& rows, int64_t row, char* to) {
+// The zero point that makes packed numbers signed.
+INLAY_INLINE int middle_of(Format format) { return format == Format::kInt4 ? 8 : 128; }
+
+static void split_row(Format format, const Rows& rows, int64_t row, char* to) {
   const int64_t width = rows.in_features, plane = split_plane(width);
   memset(to + width, 0, plane - width);
   memset(to + plane + width, 0, plane - width);
@@ -79,7 +83,8 @@ static void split_row(const Rows& rows, int64_t row, char* to) {
   for (int64_t group = 0; group < width; group += rows.group_size)
     for (int64_t k = 0; k < rows.group_size; k += size) {
       const int64_t left = rows.group_size - k, count = left < size ? left : size, at = group + k;
-      *segment++ = split_segment(rows, row * width + at, count, to + at, to + plane + at);
+      *segment++ = split_segment(rows, row * width + at, count, middle_of(format), to + at,
+                                 to + plane + at);
     }
 }
 
@@ -92,15 +97,14 @@ struct SplitFactors {
 INLAY_INLINE SplitFactors load_split_factors(const QuantizedProduct& p, int64_t group,
                                              int64_t block) {
   SplitFactors f;
-  const int middle = p.format == Format::kInt4 ? 8 : 128;
   for (int i = 0; i < 2; ++i) {
     const int64_t column = block * kCodeBlock + i * kLanes, count = p.out_features - column;
     const int64_t at = group * p.out_features + column;
     f.scale[i] = load_any(p.scale_dtype, p.scale, at, count);
-    f.zero[i] = _mm512_set1_epi32(middle);
     if (!p.zero) continue;
-    const __m512i zero = _mm512_cvtps_epi32((__m512)load_any(DType::kInt8, p.zero, at, count));
-    f.zero[i] = p.format == Format::kInt4 ? zero : _mm512_add_epi32(zero, f.zero[i]);
+    f.zero[i] = _mm512_cvtps_epi32((__m512)load_any(DType::kInt8, p.zero, at, count));
+    if (p.format == Format::kInt8)
+      f.zero[i] = _mm512_add_epi32(f.zero[i], _mm512_set1_epi32(middle_of(Format::kInt8)));
   }
   return f;
 }
@@ -123,21 +127,46 @@ INLAY_INLINE void add_split(__m512i (&sums)[Count][2][2], const char* x, int64_t
   }
 }
 
-// Adds a segment's sums, scaled, to a row's.
-INLAY_INLINE void add_segment(const QuantizedProduct& p, const SplitFactors& f,
-                              const SplitSegment& segment, const __m512i (&sums)[2][2],
-                              VecF (&totals)[2]) {
-  const int middle = p.format == Format::kInt4 ? 8 : 128;
-  for (int i = 0; i < 2; ++i) {
-    const __m512i zeros = p.zero ? _mm512_mullo_epi32(f.zero[i], _mm512_set1_epi32(segment.sum))
-                                 : _mm512_set1_epi32(middle * segment.sum);
-    const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(sums[i][0], 8), sums[i][1]);
-    const VecF n = (VecF)_mm512_cvtepi32_ps(_mm512_sub_epi32(both, zeros));
-    totals[i] += n * (f.scale[i] * segment.unit);
+INLAY_INLINE SplitSegment load_segment(const char* p) {
+  SplitSegment segment;
+  memcpy(&segment, p, sizeof segment);
+  return segment;
+}
+
+// A segment's sums begin at minus its zero points times the sum of x. Unrolled early, else GCC keeps
+// the sums in memory.
+template <bool Zeros, int Count>
+INLAY_INLINE void start_sums(const SplitFactors& f, const char* segments, int64_t stride,
+                             __m512i (&sums)[Count][2][2]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < Count; ++r) {
+    const SplitSegment segment = load_segment(segments + r * stride);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      sums[r][i][0] = _mm512_setzero_si512();
+      sums[r][i][1] = _mm512_set1_epi32(segment.start);
+      if (Zeros)
+        sums[r][i][1] = _mm512_mullo_epi32(f.zero[i], _mm512_set1_epi32(-segment.sum));
+    }
   }
 }
 
-template <Format format, int Count>
+// Adds a segment's sums, scaled, to the rows'.
+template <int Count>
+INLAY_INLINE void add_segment(const SplitFactors& f, const char* segments, int64_t stride,
+                              const __m512i (&sums)[Count][2][2], VecF (&totals)[Count][2]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < Count; ++r) {
+    const float unit = load_segment(segments + r * stride).unit;
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const __m512i n = _mm512_add_epi32(_mm512_slli_epi32(sums[r][i][0], 8), sums[r][i][1]);
+      totals[r][i] += (VecF)_mm512_cvtepi32_ps(n) * (f.scale[i] * unit);
+    }
+  }
+}
+
+template <Format format, bool Zeros, int Count>
 INLAY_NOINLINE void multiply_split(const QuantizedProduct& p, int64_t row, int64_t block) {
   const int64_t plane = split_plane(p.in_features), stride = p.x_stride;
   const int64_t size = split_inputs(p.group_size);
@@ -148,7 +177,8 @@ INLAY_NOINLINE void multiply_split(const QuantizedProduct& p, int64_t row, int64
   for (int64_t group = 0, k = 0; k < p.in_features; ++group) {
     const SplitFactors f = load_split_factors(p, group, block);
     for (const int64_t group_end = k + p.group_size; k < group_end;) {
-      __m512i sums[Count][2][2] = {};
+      __m512i sums[Count][2][2];
+      start_sums<Zeros, Count>(f, segments, stride, sums);
       for (const int64_t end = k + size < group_end ? k + size : group_end; k < end; k += 4) {
         __m512i first = _mm512_loadu_si512(w), second = _mm512_loadu_si512(w + 64);
         w += kTileBytes;
@@ -162,26 +192,29 @@ INLAY_NOINLINE void multiply_split(const QuantizedProduct& p, int64_t row, int64
         }
         add_split<Count>(sums, x + k, stride, plane, first, second);
       }
-      for (int r = 0; r < Count; ++r) {
-        SplitSegment segment;
-        memcpy(&segment, segments + r * stride, sizeof segment);
-        add_segment(p, f, segment, sums[r], totals[r]);
-      }
+      add_segment<Count>(f, segments, stride, sums, totals);
       segments += sizeof(SplitSegment);
     }
   }
   for (int r = 0; r < Count; ++r) finish_row(p, row + r, block, totals[r]);
 }
 
-template <Format format>
-void multiply_split_part(const QuantizedProduct& p, const Part& part) {
+template <Format format, bool Zeros>
+void multiply_split_blocks(const QuantizedProduct& p, const Part& part) {
   static constexpr void (*by_rows[kSplitRows])(const QuantizedProduct&, int64_t, int64_t) = {
-      multiply_split<format, 1>, multiply_split<format, 2>, multiply_split<format, 3>,
-      multiply_split<format, 4>, multiply_split<format, 5>, multiply_split<format, 6>};
+      multiply_split<format, Zeros, 1>, multiply_split<format, Zeros, 2>,
+      multiply_split<format, Zeros, 3>, multiply_split<format, Zeros, 4>,
+      multiply_split<format, Zeros, 5>, multiply_split<format, Zeros, 6>};
   for (int64_t block = part.first_block; block < part.last_block; ++block)
     over_rows<kSplitRows>(part.first_row, part.last_row, [&](int64_t row, int count) {
       by_rows[count - 1](p, row, block);
     });
+}
+
+template <Format format>
+void multiply_split_part(const QuantizedProduct& p, const Part& part) {
+  if (p.zero) return multiply_split_blocks<format, true>(p, part);
+  multiply_split_blocks<format, false>(p, part);
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ void prepare(Format format, const Rows& rows, int64_t first, int64_t last) {
       for (int64_t k = 0; k < width; ++k) to[k] = static_cast<char>(from[k] ^ 0x80);
       memset(to + width, 0, padding);
     } else if (format != Format::kFloat8) {
-      split_row(rows, row, to);
+      split_row(format, rows, row, to);
     } else {
       for (int64_t k = 0; k < width; k += kLanes)
         store_some<BFloat16>(to, load_any(rows.dtype, rows.from, row * width + k, width - k), k,
