@@ -47,16 +47,33 @@ const PackedCodes& resolve_codes(const char* op, const Tensor& handle) {
   return *reinterpret_cast<const PackedCodes*>(head);
 }
 
+// Four bytes of an output's numbers, as they lie in a tile.
+uint32_t arrange(Format format, uint32_t bytes) {
+  if (format == Format::kInt8) return bytes ^ 0x80808080;
+  if (format != Format::kInt4) return bytes;
+  // The numbers of inputs 0 ... 7 from the lowest bits on, to 0 4 1 5 2 6 3 7.
+  const uint32_t first = bytes & 0xffff, last = bytes >> 16;
+  const auto spread = [](uint32_t x) {  // 4 numbers, one to a byte
+    x = (x | x << 8) & 0x00ff00ff;
+    return (x | x << 4) & 0x0f0f0f0f;
+  };
+  return spread(first) | spread(last) << 4;
+}
+
 // One output's numbers of 4 or 8 bits into its column of a block.
-void pack_column(Format format, const uint8_t* from, int64_t in_features, int64_t column,
+void pack_column(Format format, const uint8_t* from, int64_t num_bytes, int column,
                  uint8_t* block) {
-  const int64_t inputs = tile_inputs(format);
-  for (int64_t k = 0; k < in_features; k++) {
-    const Place at = place(format, static_cast<int>(k % inputs), static_cast<int>(column));
-    uint8_t bits = from[k];
-    if (format == Format::kInt8) bits ^= 0x80;
-    if (format == Format::kInt4) bits = k % 2 ? from[k / 2] >> 4 : from[k / 2] & 15;
-    block[k / inputs * kTileBytes + at.byte] |= static_cast<uint8_t>(bits << at.shift);
+  const int64_t at = place(format, 0, column).byte, second = place(format, 2, column).byte;
+  for (int64_t i = 0; i < num_bytes; i += 4, block += kTileBytes) {
+    uint32_t bytes = 0;
+    std::memcpy(&bytes, from + i, std::min<int64_t>(4, num_bytes - i));
+    bytes = arrange(format, bytes);
+    if (format == Format::kFloat8) {
+      std::memcpy(block + at, &bytes, 2);
+      std::memcpy(block + second, reinterpret_cast<const char*>(&bytes) + 2, 2);
+    } else {
+      std::memcpy(block + at, &bytes, 4);
+    }
   }
 }
 
@@ -66,8 +83,11 @@ Tensor sum_columns(const Tensor& weight, int64_t padded) {
   const auto* from = static_cast<const int8_t*>(weight.const_data_ptr());
   const int64_t inputs = weight.size(1);
   at::parallel_for(0, weight.size(0), 64, [&](int64_t first, int64_t last) {
-    for (int64_t n = first; n < last; n++)
-      for (int64_t k = 0; k < inputs; k++) to[n] += from[n * inputs + k];
+    for (int64_t n = first; n < last; n++) {
+      int32_t sum = 0;
+      for (int64_t k = 0; k < inputs; k++) sum += from[n * inputs + k];
+      to[n] = sum;
+    }
   });
   return sums;
 }
@@ -82,12 +102,13 @@ std::unique_ptr<PackedCodes> make_codes(Format format, const Tensor& weight) {
   packed->codes = allocate_packed(packed->num_blocks() * bytes);
   auto* to = packed->codes.mutable_data_ptr<uint8_t>();
   const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
-  at::parallel_for(0, packed->num_blocks(), 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, packed->num_blocks(), std::max<int64_t>(1, kBytesPerTask / bytes),
+                   [&](int64_t first, int64_t last) {
     std::memset(to + first * bytes, 0, (last - first) * bytes);
     const int64_t end = std::min(last * kCodeBlock, packed->out_features);
     for (int64_t n = first * kCodeBlock; n < end; n++)
-      pack_column(format, from + n * source.size(1), packed->in_features, n % kCodeBlock,
-                  to + n / kCodeBlock * bytes);
+      pack_column(format, from + n * source.size(1), source.size(1),
+                  static_cast<int>(n % kCodeBlock), to + n / kCodeBlock * bytes);
   });
   use_huge_pages(reinterpret_cast<int64_t>(to), packed->codes.numel());
   if (format == Format::kIntegers)
