@@ -44,6 +44,12 @@ ROUNDING_SHARE = 0.5
 as it is. Where the two sum in another order a number falls on the other side of a tie, and what
 follows is rounded elsewhere; a wrong scale, zero point or layout costs more than rounding does."""
 
+WORSE_THAN_ROUNDING = 1.25
+"""Or how many times as far from Hugging Face as the quantized graph it may be. In bfloat16 inputs
+are rounded to it before they are to int8, by some code and not by other, so that in a deep model
+many fall to the other side: seen was an engine that was as far from the graph as both were from
+Hugging Face. Two such errors differ by a few percent; a fault adds its own."""
+
 MAX_WINDOW_TO_COVER = 256
 """Requests are made longer than the attention window up to this many tokens; beyond it a guard
 run would cost more than the rest of the build."""
@@ -75,18 +81,24 @@ class References:
 
     noise: relative RMS error of Hugging Face in the engine's dtype; 0 in float32. share: of the
     rows that errors are taken over, those with the least. rounding: of a quantized graph, whose
-    logits these are then, its error against Hugging Face.
+    logits these are then, its error against Hugging Face, whose own logits are kept as exact.
     """
 
     requests: tuple[Reference, ...]
     noise: float
     share: float = 1.0
     rounding: float = 0.0
+    exact: tuple[torch.Tensor, ...] = ()
 
     @property
     def tolerance(self) -> float:
         """Allowed relative RMS error against these logits."""
         return max(FLOAT32_TOLERANCE, NOISE_FACTOR * self.noise) + ROUNDING_SHARE * self.rounding
+
+    def is_as_near(self, exact: torch.Tensor, got: torch.Tensor) -> bool:
+        """Whether a quantized engine is hardly farther from Hugging Face than its graph is."""
+        allowed = NOISE_FACTOR * self.noise + WORSE_THAN_ROUNDING * self.rounding
+        return self.noise > 0 and self.error(exact, got) <= allowed
 
     def error(self, expected: torch.Tensor, got: torch.Tensor) -> float:
         """Relative RMS error of rows of logits."""
@@ -279,7 +291,7 @@ def check_engine(model: LoadedModel, references: References, what: str) -> float
     # Blocks interleaved between the requests: a wrong table reads the other's.
     tables = [range(i, num_blocks * len(whole), len(whole)) for i in range(len(whole))]
     every_row = model.is_encoder or references.share < 1.0
-    got, expected = [], []
+    got, expected, exact = [], [], []
     lengths = [len(r.token_ids) for r in whole]
     steps = _schedule(lengths, model.limits.max_num_tokens)
     if model.is_encoder:
@@ -290,7 +302,9 @@ def check_engine(model: LoadedModel, references: References, what: str) -> float
             ids = whole[index].token_ids[begin:end].tolist()
             groups = _by_group(tables, index, len(model.kv_groups))
             requests.append(StepRequest(ids, begin, groups))
-            rows.append(whole[index].logits[begin if every_row else end - 1 : end])
+            wanted = slice(begin if every_row else end - 1, end)
+            rows.append(whole[index].logits[wanted])
+            exact.extend(one[wanted] for one in references.exact[index : index + 1])
         step = build_step(requests, block_size)
         num_rows = step.num_tokens if every_row else step.num_logits
         if every_row:
@@ -298,7 +312,8 @@ def check_engine(model: LoadedModel, references: References, what: str) -> float
         got.append(model.forward(step)[:num_rows].float())
         expected.append(torch.cat(rows))
     error = references.error(torch.cat(expected), torch.cat(got))
-    _judge(error, references, what)
+    if not exact or not references.is_as_near(torch.cat(exact), torch.cat(got)):
+        _judge(error, references, what)
     return error
 
 

@@ -82,7 +82,8 @@ def quantized_references(
     requests = tuple(
         replace(request, logits=own) for request, own in zip(references.requests, rows, strict=True)
     )
-    return replace(references, requests=requests, rounding=error)
+    own = tuple(request.logits for request in references.requests)
+    return replace(references, requests=requests, rounding=error, exact=own)
 
 
 def _quantized(gm: GraphModule) -> list[Node]:

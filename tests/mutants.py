@@ -188,7 +188,7 @@ EXPERTS: dict[str, tuple[Toy, Break]] = {
         GPT_OSS,
         with_arguments(experts_op, "_split", interleaved=lambda value: not value),
     ),
-    "expert biases dropped": (GPT_OSS, with_arguments(experts_op, "_product", biases=no)),
+    "expert biases dropped": (GPT_OSS, with_arguments(experts_op, "_biased", biases=no)),
     "the slope of SiLU": (GPT_OSS, with_arguments(experts_op, "activate", alpha=lambda _: 1.0)),
     "the offset of up": (GPT_OSS, with_arguments(experts_op, "bound_up", offset=lambda _: 0.0)),
     "the limit of the gate": (GPT_OSS, with_arguments(experts_op, "activate", limit=lambda _: 0.0)),
@@ -602,8 +602,7 @@ def _weights_of_another_order(model: ProgramModel) -> None:
 
 def _segment_of_another_layer(model: ProgramModel) -> None:
     one, two = _middles(model)
-    step, call, _, dead = model._plan[one]
-    model._plan[one] = (step, call, model._plan[two][2], dead)
+    model._plan[one][2][:] = model._plan[two][2]
 
 
 COMPILED_TOY = Toy("llama", layers=3)

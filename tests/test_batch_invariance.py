@@ -30,7 +30,17 @@ TARGET = tokens(600, 0)
 """Longer than the pieces that attention deals out to threads."""
 OTHERS = [tokens(random.Random(seed).choice([1, 3, 9, 20, 33, 90]), seed) for seed in range(63)]
 
-_SLOW = ("llama", "gemma3_text", "qwen3_moe", "deepseek_v3")
+_SLOW = (
+    "llama",
+    "gemma3_text",
+    "qwen3_moe",
+    "deepseek_v3",
+    "llama w8a8",
+    "llama w8a16",
+    "qwen3_moe w8a8",
+    "qwen3_moe w4a16",
+    "qwen2 fp8",
+)
 MODELS = ["gpt_oss", *[pytest.param(name, marks=pytest.mark.slow) for name in _SLOW]]
 
 _engines: dict[tuple[str, str, str], Engine] = {}
@@ -38,11 +48,15 @@ _engines: dict[tuple[str, str, str], Engine] = {}
 
 def engine_of(name: str, backend: str, dtype: str) -> Engine:
     """Built once for all tests of this process; float32 ones share their segments with the tests
-    of architectures."""
+    of architectures. name: a toy's, and what it is quantized to."""
     key = name, backend, dtype
     if key not in _engines:
-        toy = build_toy(name, getattr(torch, dtype), max_position_embeddings=1024)
-        _engines[key] = compile_model(toy, backend, dtype=dtype, block_size=16, verify="capture")
+        toy_name, _, quantization = name.partition(" ")
+        toy = build_toy(toy_name, getattr(torch, dtype), max_position_embeddings=1024)
+        options: dict[str, Any] = {"block_size": 16, "verify": "capture"}
+        if quantization:
+            options["quantization"] = quantization
+        _engines[key] = compile_model(toy, backend, dtype=dtype, **options)
     return _engines[key]
 
 

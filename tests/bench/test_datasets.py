@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def write(path: Path, *lines: Any) -> str:
 
 
 def test_a_file_of_prompts(tmp_path: Path) -> None:
-    tokenizer = byte_level()
+    tokenizer = copy.deepcopy(byte_level())  # others use it without a template
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     file = write(
         tmp_path / "prompts.jsonl",

@@ -143,7 +143,7 @@ def test_failed_requests_are_counted_and_named(artifact: str, capsys: Any) -> No
         (["startup", "demo", "--twin-layers", "2"], "--twin-layers is for a shape"),
         (["startup", "demo", "--in-process"], "leave --in-process out"),
         (["startup", "demo", "--input-len", "4000"], "within the model's 2048"),
-        (["kernels", "softmax"], "kernel must be one of linear, decode"),
+        (["kernels", "softmax"], "kernel must be one of linear, products, decode"),
         (["kernels", "--repeats", "0"], "--repeats must be at least 1"),
     ],
 )
