@@ -291,7 +291,8 @@ def check_engine(model: LoadedModel, references: References, what: str) -> float
     # Blocks interleaved between the requests: a wrong table reads the other's.
     tables = [range(i, num_blocks * len(whole), len(whole)) for i in range(len(whole))]
     every_row = model.is_encoder or references.share < 1.0
-    got, expected, exact = [], [], []
+    got, expected = [], []
+    exact: list[torch.Tensor] = []
     lengths = [len(r.token_ids) for r in whole]
     steps = _schedule(lengths, model.limits.max_num_tokens)
     if model.is_encoder:

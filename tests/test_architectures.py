@@ -38,12 +38,9 @@ UNLIKE = (
     "gemma3n_text",
     "gpt_oss",
     "deepseek_v3",
-    "qwen2_moe",
     "llama4_text",
-    "gpt_neo",
     "falcon-alibi",
     "bloom",
-    "gptj",
     "cohere2",
     "phi3-longrope",
 )

@@ -245,6 +245,7 @@ def test_code_that_a_backend_compiles_wrongly_is_found(
     assert finding.module.startswith("model.layers.0.self_attn")
 
 
+@pytest.mark.slow
 def test_code_of_another_graph_is_found(tmp_path: Path) -> None:
     """The graph is right, the package is not."""
     options = replace(SHORT, backend="inductor")
