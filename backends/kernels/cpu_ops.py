@@ -29,9 +29,10 @@
   Quantized products need none of it: they sum each row in one order.
 - `draw_tokens(logits [N, V], slots, positions, integers, floats)` -> tokens, largest logits:
   `draw_row` of `runtime/draws.py` for each row, without typical_p, with the state of `Sampler`.
-- `packed_nbytes(handle)`; `packed_format(handle)` ("onednn", or "plain" where oneDNN lacks the
-  dtype on this CPU; "int8", "int8_weight_only", "int4_weight_only", "fp8"); `get_isa()`,
-  `set_isa("auto" | "avx512_bf16" | "avx512" | "avx2" | "portable")`.
+- `packed_nbytes(handle)`; `packed_format(handle)` ("onednn"; "pairs", bfloat16 for our own
+  products; "plain" where oneDNN lacks the dtype on this CPU; "int8", "int8_weight_only",
+  "int4_weight_only", "fp8"); `get_isa()`, `set_isa("auto" | "avx512_bf16" | "avx512" | "avx2" |
+  "portable")`.
 """
 
 from __future__ import annotations

@@ -47,14 +47,18 @@ int64_t packed_nbytes(const Tensor& handle) {
   }
 }
 
+const char* linear_format(const Packed& p) {
+  return p.onednn ? "onednn" : p.pairs ? "pairs" : "plain";
+}
+
 std::string packed_format(const Tensor& handle) {
   switch (handle_kind(handle)) {
     case kExpertsMagic:
-      return resolve_experts("handle", handle).experts[0]->onednn ? "onednn" : "plain";
+      return linear_format(*resolve_experts("handle", handle).experts[0]);
     case kQuantizedMagic: return format_name(resolve_codes("packed_format", handle).format);
     case kQuantizedExpertsMagic:
       return format_name(resolve_coded_experts("handle", handle).experts[0]->format);
-    default: return resolve(handle).onednn ? "onednn" : "plain";
+    default: return linear_format(resolve(handle));
   }
 }
 

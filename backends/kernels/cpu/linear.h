@@ -1,4 +1,4 @@
-// Linear layers over weights that oneDNN has packed once.
+// Linear layers over weights that were packed once, by us (small_matmul.h) or by oneDNN.
 //
 // A packed weight is opaque to torch's compilers, so the graph carries a handle: a small int64
 // tensor whose memory is the head of a Packed and whose storage owns it.
@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <mutex>
 
@@ -123,7 +124,7 @@ void parallel_over_blocks(int64_t out_features, int64_t in_features, const Body&
                    std::max<int64_t>(1, kBytesPerTask / block_bytes), body);
 }
 
-// The packed memory, if small_matmul knows its layout. oneDNN's layouts are its own affair and
+// oneDNN's packed memory, if small_matmul knows its layout. oneDNN's layouts are its own affair and
 // differ between CPUs: every element is compared with the weight.
 const uint16_t* readable_pairs(const Packed& p, const Tensor& weight) {
   static const auto data_ptr = find_op<int64_t(const Tensor&)>("mkldnn::data_ptr");
@@ -188,6 +189,30 @@ Tensor multiply_rows(const Packed& p, const Tensor& x, const OptionalTensor& bia
   return y;
 }
 
+// Whether all products with this weight are our own, so that it need not be oneDNN's to read.
+bool packs_pairs(const Tensor& weight) {
+  static const bool ours = small_matmul_supported() && !has_bfloat16_tiles();
+  return ours && weight.scalar_type() == at::kBFloat16 &&
+         weight.size(0) % kSmallMatmulBlock == 0 && weight.size(1) % 2 == 0;
+}
+
+Tensor pack_pairs(const Tensor& weight) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  const Tensor memory = allocate_packed(static_cast<int64_t>(weight.nbytes()));
+  auto* to = static_cast<uint32_t*>(memory.mutable_data_ptr());
+  const auto* from = static_cast<const char*>(weight.const_data_ptr());
+  parallel_over_blocks(outputs, inputs, [&](int64_t first, int64_t last) {
+    for (int64_t n = first * kSmallMatmulBlock; n < last * kSmallMatmulBlock; n++) {
+      const char* row = from + n * inputs * 2;
+      uint32_t* at = to + n / kSmallMatmulBlock * kSmallMatmulBlock * (inputs / 2);
+      for (int64_t pair = 0; pair < inputs / 2; pair++)
+        std::memcpy(at + pair * kSmallMatmulBlock + n % kSmallMatmulBlock, row + pair * 4, 4);
+    }
+  });
+  use_huge_pages(reinterpret_cast<int64_t>(to), memory.numel());
+  return memory.view(at::kBFloat16);
+}
+
 std::unique_ptr<Packed> make_packed(const Tensor& weight) {
   const auto dtype = weight.scalar_type();
   TORCH_CHECK(weight.dim() == 2 && weight.numel() > 0, "inlay_cpu::pack_linear: weight must be "
@@ -201,6 +226,12 @@ std::unique_ptr<Packed> make_packed(const Tensor& weight) {
   packed->in_features = weight.size(1);
   packed->onednn = onednn_takes(dtype);
   const Tensor source = weight.detach().contiguous();
+  if (packs_pairs(weight)) {
+    packed->onednn = false;
+    packed->weight = pack_pairs(source);
+    packed->pairs = static_cast<const uint16_t*>(packed->weight.const_data_ptr());
+    return packed;
+  }
   packed->weight = packed->onednn ? reorder.call(source, std::nullopt)
                    : source.is_same(weight) || source.is_alias_of(weight) ? source.clone()
                                                                           : source;
@@ -254,7 +285,7 @@ Tensor multiply_fixed(const Packed& p, const Tensor& x, const OptionalTensor& bi
 
 Tensor multiply(const Packed& p, const Tensor& x, const OptionalTensor& bias) {
   const int64_t num_rows = x.numel() / p.in_features;
-  if (num_rows > 0 && takes_rows(p, num_rows, 4)) return multiply_rows(p, x, bias);
+  if (takes_rows(p, num_rows, 4)) return multiply_rows(p, x, bias);
   return p.fixed_rows ? multiply_fixed(p, x, bias) : multiply_whole(p, x, bias);
 }
 

@@ -1,8 +1,8 @@
 // Matrix products in bfloat16 by AVX-512's dot instructions.
 //
-// oneDNN packs a bfloat16 weight [N, K] into blocks of 32 outputs, within a block pairs of inputs:
-// [N / 32][K / 2][32][2]. Where a packed weight has this layout it is read here as it lies, in one
-// stream. On CPUs with AMX oneDNN serves the larger batches from the same memory.
+// A weight [N, K] lies in blocks of 32 outputs, within a block in pairs of inputs:
+// [N / 32][K / 2][32][2]. oneDNN packs like this too: on CPUs with AMX, where it serves all but the
+// smallest batches, its memory is read here as it lies.
 #pragma once
 
 #include <cstdint>
