@@ -96,3 +96,19 @@ def _panel(svg: Element, y: int, title: str, bars: Sequence[tuple[str, float, st
 
 def _text(svg: Element, x: int, y: int, text: str, fill: str = "#1c1c1c", **more: Any) -> None:
     SubElement(svg, "text", x=str(x), y=str(y), fill=fill, **more).text = text
+
+
+def captions(line: dict[str, Any]) -> list[str]:
+    """Lines below the picture."""
+    versions: dict[str, str] = {}
+    for result in line["results"]:
+        for system in result["systems"].values():
+            versions |= system.get("versions", {})
+    speeds = [speed for result in line["results"] for speed in result["read_gb_s"]]
+    memory = f", memory read at {min(speeds)}-{max(speeds)} GB/s" if speeds else ""
+    return [
+        f"{line['model']}, {line['cpu']}, {line['threads']} threads{memory}",
+        f"Medians of {line['repeats']} interleaved repeats; outputs checked with Hugging Face in "
+        "float32.",
+        ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+    ]

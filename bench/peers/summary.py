@@ -46,8 +46,8 @@ def ratios_of(records: Sequence[Record]) -> dict[str, dict[str, dict[str, float]
     return result
 
 
-def result_of(session: Session, shares: Mapping[str, float]) -> dict[str, Any]:
-    """One precision as JSON. shares: of the memory's speed that decoding reads at, by system."""
+def result_of(session: Session, shares: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """One precision as JSON. shares: of `shares_of`."""
     systems = {}
     for record in session.records:
         systems[record.system.name] = {
@@ -55,7 +55,7 @@ def result_of(session: Session, shares: Mapping[str, float]) -> dict[str, Any]:
             "figures": {name: _short(value) for name, value in figures_of(record).items()},
             "repeats": {n: [_short(v) for v in values] for n, values in record.figures.items()},
             "prepare_s": record.prepare_s and _short(record.prepare_s),
-            "decode_bandwidth_share": shares.get(record.system.name),
+            "shares": shares.get(record.system.name),
             "score": record.score and {n: round(v, 4) for n, v in asdict(record.score).items()},
             "counts": record.counts,
             "error": record.error,

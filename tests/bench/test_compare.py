@@ -27,6 +27,7 @@ from inlay.bench.peers.measure import (
     measure_start,
 )
 from inlay.bench.peers.plot import WRONG_COLOUR, draw
+from inlay.bench.peers.shares import lines_of
 from inlay.bench.peers.summary import ratios_of, result_of, table_of
 from inlay.bench.peers.systems import System, Workplace, systems_of
 from inlay.bench.peers.worker import Worker, WorkerError
@@ -185,8 +186,11 @@ def test_wrong_tokens_do_not_count(session: Callable[..., Session]) -> None:
     right.figures["both"], ours.figures["both"] = [1.0, 5.0, 2.0], [3.0]
     assert ratios_of(it.records) == {"inlay": {"right": {"both": 1.5}}}
 
-    result = result_of(it, {"inlay": 0.5}) | {"titles": {"both": "two requests, tokens/s"}}
-    assert json.loads(json.dumps(result))["systems"]["inlay"]["decode_bandwidth_share"] == 0.5
+    result = result_of(it, {"inlay": {"decode_share": 0.5}}) | {
+        "titles": {"both": "two requests, tokens/s"}
+    }
+    assert json.loads(json.dumps(result)) == result
+    assert lines_of(result) == ["inlay: decode reads at 50% of the memory's speed"]
     table = table_of(result, [BOTH])
     assert "| inlay / right | 1.50 |" in table
     assert "| wrong (wrong tokens: does not count) |" in table
@@ -285,3 +289,21 @@ def test_bad_arguments(words: list[str], told: str, tmp_path: Path) -> None:
     compare.add_arguments(parser)
     with pytest.raises(OptionError, match=told):
         compare.run(parser.parse_args([*words, "--peers-dir", str(tmp_path)]))
+
+
+@pytest.mark.slow
+def test_hugging_face_beside_two_backends(tmp_path: Path) -> None:
+    """The whole way, with processes, checks, table, line and picture."""
+    build_toy("qwen2", torch.bfloat16, max_position_embeddings=512).save_pretrained(tmp_path / "m")
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    words = f"{tmp_path}/m --peers hf --backends eager,inductor --precisions bf16 --repeats 2"
+    words += f" --workloads decode,startup --peers-dir {tmp_path} --output {tmp_path}/line.jsonl"
+    assert compare.run(parser.parse_args([*words.split(), "--svg", f"{tmp_path}/plot.svg"])) == 0
+    result = json.loads((tmp_path / "line.jsonl").read_text())["results"][0]
+    assert list(result["ratios"]) == ["inlay eager", "inlay inductor"]
+    for ratios in result["ratios"].values():
+        assert set(ratios["hf"]) == {"decode", "cold_start", "warm_start"}
+    assert all(system["counts"] for system in result["systems"].values())
+    assert result["systems"]["inlay inductor"]["shares"]["decode_share"] > 0
+    assert "inlay eager" in (tmp_path / "plot.svg").read_text()
