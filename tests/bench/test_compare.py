@@ -14,10 +14,11 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from inlay.bench import compare
-from inlay.bench.peers import environments
+from inlay.bench.peers import environments, vllm_cpu_peer
 from inlay.bench.peers.environments import ENVIRONMENTS, Environment, peer_python
 from inlay.bench.peers.measure import (
     Record,
@@ -242,6 +243,26 @@ def test_workloads_are_the_same_each_time() -> None:
     answer = {"first_token_s": [0.5], "end_s": [10.0], "total_s": 12.0}
     assert first["decode"].figure(first["decode"], answer) == 95 / 9.5
     assert first["prefill"].figure(first["prefill"], answer) == 2048
+
+
+def test_vllms_checkpoint_is_the_same_in_int8(model: PreTrainedModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "float")
+    (tmp_path / "int8").mkdir()
+    vllm_cpu_peer.prepare(tmp_path / "float", tmp_path / "int8", {"precision": "int8"})
+    tensors = load_file(tmp_path / "int8" / "checkpoint" / "model.safetensors")
+    config = json.loads((tmp_path / "int8" / "checkpoint" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    num_narrow = 0
+    for name, value in load_file(tmp_path / "float" / "model.safetensors").items():
+        if tensors[name].dtype != torch.int8:
+            assert torch.equal(tensors[name], value)
+            continue
+        num_narrow += 1
+        scale = tensors[f"{name}_scale"]
+        assert scale.shape == (len(value), 1)
+        # Half a step; float32 rounds the quotient and the product.
+        assert ((tensors[name] * scale - value).abs() <= 0.5001 * scale).all()
+    assert num_narrow == 7 * model.config.num_hidden_layers
 
 
 def test_cuda_packages_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
