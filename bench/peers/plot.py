@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
@@ -10,6 +11,9 @@ from inlay.bench.peers.summary import START
 
 WIDTH, LABEL_WIDTH, VALUE_WIDTH = 860, 190, 130
 BAR, GAP, TITLE = 18, 6, 34
+CAPTION = 140
+"""Characters of a line below."""
+
 OURS_COLOUR, PEER_COLOUR, WRONG_COLOUR = "#b5420f", "#7d8ca3", "#d5d5d5"
 
 
@@ -110,5 +114,5 @@ def captions(line: dict[str, Any]) -> list[str]:
         f"{line['model']}, {line['cpu']}, {line['threads']} threads{memory}",
         f"Medians of {line['repeats']} interleaved repeats; outputs checked with Hugging Face in "
         "float32.",
-        ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+        *textwrap.wrap(", ".join(f"{n} {v}" for n, v in sorted(versions.items())), CAPTION),
     ]
