@@ -7,6 +7,7 @@ import statistics
 from typing import Any
 
 from inlay.bench.peers.measure import Record, Session
+from inlay.bench.peers.summary import short
 from inlay.bench.peers.workloads import DECODE_PROMPT, DECODE_TOKENS, PREFILL_PROMPT
 from inlay.bench.program_cost import ProgramCost
 from inlay.bench.roofline import decode_share, prefill_share, shape_rate
@@ -37,7 +38,7 @@ def _of_one(session: Session, record: Record) -> dict[str, float]:
         limit = shape_rate(cost.products, PREFILL_PROMPT)
         shares["prefill_share"] = prefill_share(cost, [PREFILL_PROMPT], seconds, limit)
         shares["product_gflop_s"] = limit / 1e9
-    return {name: round(value, 3) for name, value in shares.items()}
+    return {name: short(value) for name, value in shares.items()}
 
 
 def lines_of(result: dict[str, Any]) -> list[str]:
