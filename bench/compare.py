@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from inlay.backends.cache import cache_dir
+from inlay.bench import conditions
 from inlay.bench.peers.check import save_checkpoint
-from inlay.bench.peers.conditions import conditions_of, cpu_name
 from inlay.bench.peers.environments import ENVIRONMENTS, peer_python
 from inlay.bench.peers.measure import (
     Record,
@@ -29,13 +29,12 @@ from inlay.bench.peers.measure import (
     measure_runs,
     measure_start,
 )
-from inlay.bench.peers.plot import draw
+from inlay.bench.peers.plot import captions, draw
+from inlay.bench.peers.shares import lines_of, shares_of
 from inlay.bench.peers.summary import result_of, table_of
 from inlay.bench.peers.systems import QUANTIZATIONS, Workplace, systems_of
-from inlay.bench.peers.workloads import DECODE_PROMPT, DECODE_TOKENS, Workload, make_workloads
-from inlay.bench.roofline import decode_bytes
+from inlay.bench.peers.workloads import Workload, make_workloads
 from inlay.bench.shapes import SHAPES
-from inlay.engine import Engine
 from inlay.errors import BuildError, OptionError
 
 STARTUP = "startup"
@@ -69,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check-requests", type=int, default=4, help="outputs checked, of each")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for one answer")
     parser.add_argument("--peers-dir", type=Path, help="environments, models and logs")
-    parser.add_argument("--output", type=Path, help="a JSONL file to add the result to")
+    parser.add_argument("--output", help="a JSONL file to add the result to")
     parser.add_argument("--svg", type=Path, help="where to draw it")
 
 
@@ -78,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_choices("workloads", arguments.workloads, WORKLOADS)
     check_choices("precisions", arguments.precisions, tuple(QUANTIZATIONS))
     check_choices("peers", arguments.peers, tuple(ENVIRONMENTS))
+    conditions.check_output(arguments.output)
     torch.set_num_threads(arguments.threads)
     directory = arguments.peers_dir or cache_dir() / "peers"
     checkpoint = Path(arguments.model)
@@ -94,9 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
     for precision in arguments.precisions:
         session = measure(arguments, place, precision)
         workloads = chosen_workloads(arguments, checkpoint)
-        result = result_of(session, bandwidth_shares(session))
+        result = result_of(session, shares_of(session))
         results.append(result | {"titles": {w.name: f"{w.title}, {w.unit}" for w in workloads}})
-        say(table_of(result, workloads))
+        text = "\n".join([table_of(result, workloads), *lines_of(result)])
+        print(text, file=sys.stderr if getattr(arguments, "json", False) else sys.stdout)
         ours = [record for record in session.records if record.system.is_ours]
         ours_failed |= not all(record.counts for record in ours)
     report(arguments, checkpoint, results, missing)
@@ -134,41 +135,23 @@ def environments(peers: list[str], directory: Path) -> tuple[dict[str, Path], di
     return pythons, missing
 
 
-def bandwidth_shares(session: Session) -> dict[str, float]:
-    """Of ours: bytes that a decode step must read, over what the memory gave in the same repeat;
-    the median. Peers do not say what they read."""
-    shares = {}
-    for record in session.records:
-        rates = record.figures.get("decode", [])
-        if record.system.is_ours and rates:
-            engine = Engine.load(session.place.place(record.system) / "engine")
-            size = decode_bytes(engine, DECODE_PROMPT + DECODE_TOKENS // 2)
-            pairs = zip(rates, session.bandwidth, strict=False)
-            ordered = sorted(rate * size / speed for rate, speed in pairs)
-            shares[record.system.name] = round(ordered[len(ordered) // 2], 3)
-    return shares
-
-
 def report(
     arguments: argparse.Namespace, checkpoint: Path, results: list[Any], missing: dict[str, str]
 ) -> None:
     line = {
         "bench": "compare",
+        **conditions.conditions(),
         "model": arguments.model if arguments.model in SHAPES else checkpoint.name,
         "threads": arguments.threads,
         "repeats": arguments.repeats,
-        "cpu": cpu_name(),
-        "torch": torch.__version__,
         "missing": missing,
         "results": results,
     }
-    text = json.dumps(line)
-    if arguments.output:
-        with arguments.output.open("a") as stream:
-            stream.write(text + "\n")
+    conditions.append(arguments.output, line)
     if arguments.svg:
-        arguments.svg.write_text(draw(results, conditions_of(line)))
-    print(text)
+        arguments.svg.write_text(draw(results, captions(line)))
+    if getattr(arguments, "json", False):
+        print(json.dumps(line))
 
 
 def check_choices(name: str, given: list[str], allowed: tuple[str, ...]) -> None:

@@ -142,7 +142,11 @@ def _warm_up(session: Session, record: Record, workers: Workers, workload: Workl
 
 
 def _run(session: Session, record: Record, workers: Workers, workload: Workload) -> None:
-    answer = workers[record.system.name].run(list(workload.requests), session.limit_s)
+    own = workers[record.system.name]
+    for worker in workers.values():
+        if worker is not own:
+            worker.pause()  # it is, unless someone continued it
+    answer = own.run(list(workload.requests), session.limit_s)
     record.figures.setdefault(workload.name, []).append(workload.figure(workload, answer))
     record.outputs.setdefault(workload.name, []).append(answer["outputs"])
 

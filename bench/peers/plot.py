@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
@@ -10,6 +11,9 @@ from inlay.bench.peers.summary import START
 
 WIDTH, LABEL_WIDTH, VALUE_WIDTH = 860, 190, 130
 BAR, GAP, TITLE = 18, 6, 34
+CAPTION = 140
+"""Characters of a line below."""
+
 OURS_COLOUR, PEER_COLOUR, WRONG_COLOUR = "#b5420f", "#7d8ca3", "#d5d5d5"
 
 
@@ -96,3 +100,19 @@ def _panel(svg: Element, y: int, title: str, bars: Sequence[tuple[str, float, st
 
 def _text(svg: Element, x: int, y: int, text: str, fill: str = "#1c1c1c", **more: Any) -> None:
     SubElement(svg, "text", x=str(x), y=str(y), fill=fill, **more).text = text
+
+
+def captions(line: dict[str, Any]) -> list[str]:
+    """Lines below the picture."""
+    versions: dict[str, str] = {}
+    for result in line["results"]:
+        for system in result["systems"].values():
+            versions |= system.get("versions", {})
+    speeds = [speed for result in line["results"] for speed in result["read_gb_s"]]
+    memory = f", memory read at {min(speeds)}-{max(speeds)} GB/s" if speeds else ""
+    return [
+        f"{line['model']}, {line['cpu']}, {line['threads']} threads{memory}",
+        f"Medians of {line['repeats']} interleaved repeats; outputs checked with Hugging Face in "
+        "float32.",
+        *textwrap.wrap(", ".join(f"{n} {v}" for n, v in sorted(versions.items())), CAPTION),
+    ]

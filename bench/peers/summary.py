@@ -46,16 +46,16 @@ def ratios_of(records: Sequence[Record]) -> dict[str, dict[str, dict[str, float]
     return result
 
 
-def result_of(session: Session, shares: Mapping[str, float]) -> dict[str, Any]:
-    """One precision as JSON. shares: of the memory's speed that decoding reads at, by system."""
+def result_of(session: Session, shares: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """One precision as JSON. shares: of `shares_of`."""
     systems = {}
     for record in session.records:
         systems[record.system.name] = {
             **record.facts,
-            "figures": {name: _short(value) for name, value in figures_of(record).items()},
-            "repeats": {n: [_short(v) for v in values] for n, values in record.figures.items()},
-            "prepare_s": record.prepare_s and _short(record.prepare_s),
-            "decode_bandwidth_share": shares.get(record.system.name),
+            "figures": {name: short(value) for name, value in figures_of(record).items()},
+            "repeats": {n: [short(v) for v in values] for n, values in record.figures.items()},
+            "prepare_s": record.prepare_s and short(record.prepare_s),
+            "shares": shares.get(record.system.name),
             "score": record.score and {n: round(v, 4) for n, v in asdict(record.score).items()},
             "counts": record.counts,
             "error": record.error,
@@ -71,7 +71,8 @@ def result_of(session: Session, shares: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
+    """Four significant digits."""
     return float(f"{value:.4g}")
 
 

@@ -17,6 +17,9 @@ SERVE = Path(__file__).parent / "serve.py"
 LOG_LINES = 4
 """Of what a failed worker wrote last, told with the failure."""
 
+PAUSE_TRIES = 5000
+"""A millisecond apart."""
+
 END_LIMIT_S = 10
 """From the end of its output to the end of the process."""
 
@@ -39,6 +42,7 @@ class Worker:
         """
         self.log = log
         self._pending = b""
+        self._closed = False
         begin = time.perf_counter()
         with log.open("wb") as errors:
             self.process = subprocess.Popen(
@@ -84,11 +88,22 @@ class Worker:
         return answer
 
     def pause(self) -> None:
-        """Returns when it stands still."""
-        self._signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        """Returns when it stands still, or is gone. Asks again, since whoever else stops and
+        continues processes on this machine may have continued it just now."""
+        wanted = os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG
+        for _ in range(PAUSE_TRIES):
+            if self._closed or self.process.poll() is not None:
+                return
+            self._signal(signal.SIGSTOP)
+            if os.waitid(os.P_PID, self.process.pid, wanted) is not None:
+                return
+            time.sleep(0.001)
+        raise WorkerError("it does not stop")
 
     def close(self) -> None:
+        if self._closed:  # its number may be another group's by now
+            return
+        self._closed = True
         self._signal(signal.SIGKILL)
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):

@@ -14,10 +14,11 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from inlay.bench import compare
-from inlay.bench.peers import environments
+from inlay.bench.peers import environments, vllm_cpu_peer
 from inlay.bench.peers.environments import ENVIRONMENTS, Environment, peer_python
 from inlay.bench.peers.measure import (
     Record,
@@ -27,6 +28,7 @@ from inlay.bench.peers.measure import (
     measure_start,
 )
 from inlay.bench.peers.plot import WRONG_COLOUR, draw
+from inlay.bench.peers.shares import lines_of
 from inlay.bench.peers.summary import ratios_of, result_of, table_of
 from inlay.bench.peers.systems import System, Workplace, systems_of
 from inlay.bench.peers.worker import Worker, WorkerError
@@ -185,8 +187,11 @@ def test_wrong_tokens_do_not_count(session: Callable[..., Session]) -> None:
     right.figures["both"], ours.figures["both"] = [1.0, 5.0, 2.0], [3.0]
     assert ratios_of(it.records) == {"inlay": {"right": {"both": 1.5}}}
 
-    result = result_of(it, {"inlay": 0.5}) | {"titles": {"both": "two requests, tokens/s"}}
-    assert json.loads(json.dumps(result))["systems"]["inlay"]["decode_bandwidth_share"] == 0.5
+    result = result_of(it, {"inlay": {"decode_share": 0.5}}) | {
+        "titles": {"both": "two requests, tokens/s"}
+    }
+    assert json.loads(json.dumps(result)) == result
+    assert lines_of(result) == ["inlay: decode reads at 50% of the memory's speed"]
     table = table_of(result, [BOTH])
     assert "| inlay / right | 1.50 |" in table
     assert "| wrong (wrong tokens: does not count) |" in table
@@ -240,6 +245,26 @@ def test_workloads_are_the_same_each_time() -> None:
     assert first["prefill"].figure(first["prefill"], answer) == 2048
 
 
+def test_vllms_checkpoint_is_the_same_in_int8(model: PreTrainedModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "float")
+    (tmp_path / "int8").mkdir()
+    vllm_cpu_peer.prepare(tmp_path / "float", tmp_path / "int8", {"precision": "int8"})
+    tensors = load_file(tmp_path / "int8" / "checkpoint" / "model.safetensors")
+    config = json.loads((tmp_path / "int8" / "checkpoint" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    num_narrow = 0
+    for name, value in load_file(tmp_path / "float" / "model.safetensors").items():
+        if tensors[name].dtype != torch.int8:
+            assert torch.equal(tensors[name], value)
+            continue
+        num_narrow += 1
+        scale = tensors[f"{name}_scale"]
+        assert scale.shape == (len(value), 1)
+        # Half a step; float32 rounds the quotient and the product.
+        assert ((tensors[name] * scale - value).abs() <= 0.5001 * scale).all()
+    assert num_narrow == 7 * model.config.num_hidden_layers
+
+
 def test_cuda_packages_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENVIRONMENTS, "openvino", Environment(("torch",), unwanted=("x",)))
     names, calls = ["torch", "nvidia-cublas"], []
@@ -285,3 +310,21 @@ def test_bad_arguments(words: list[str], told: str, tmp_path: Path) -> None:
     compare.add_arguments(parser)
     with pytest.raises(OptionError, match=told):
         compare.run(parser.parse_args([*words, "--peers-dir", str(tmp_path)]))
+
+
+@pytest.mark.slow
+def test_hugging_face_beside_two_backends(tmp_path: Path) -> None:
+    """The whole way, with processes, checks, table, line and picture."""
+    build_toy("qwen2", torch.bfloat16, max_position_embeddings=512).save_pretrained(tmp_path / "m")
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    words = f"{tmp_path}/m --peers hf --backends eager,inductor --precisions bf16 --repeats 2"
+    words += f" --workloads decode,startup --peers-dir {tmp_path} --output {tmp_path}/line.jsonl"
+    assert compare.run(parser.parse_args([*words.split(), "--svg", f"{tmp_path}/plot.svg"])) == 0
+    result = json.loads((tmp_path / "line.jsonl").read_text())["results"][0]
+    assert list(result["ratios"]) == ["inlay eager", "inlay inductor"]
+    for ratios in result["ratios"].values():
+        assert set(ratios["hf"]) == {"decode", "cold_start", "warm_start"}
+    assert all(system["counts"] for system in result["systems"].values())
+    assert result["systems"]["inlay inductor"]["shares"]["decode_share"] > 0
+    assert "inlay eager" in (tmp_path / "plot.svg").read_text()
