@@ -268,8 +268,10 @@ def test_an_interrupted_command_leaves_nothing(tmp_path: Path) -> None:
 
     watcher = threading.Thread(target=interrupt)
     watcher.start()
+    # It says so a second late, when its starter is no longer in Popen but watches.
+    command = f"sleep 60 & pid=$!; sleep 1; echo $pid > {file}; wait"
     with pytest.raises(KeyboardInterrupt):
-        startup.run_watched(["sh", "-c", f"sleep 60 & echo $! > {file}; wait"], dict(os.environ))
+        startup.run_watched(["sh", "-c", command], dict(os.environ))
     watcher.join()
     pid, end = int(file.read_text()), time.monotonic() + 10
     while _is_alive(pid):
