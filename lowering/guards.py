@@ -47,7 +47,7 @@ follows is rounded elsewhere; a wrong scale, zero point or layout costs more tha
 WORSE_THAN_ROUNDING = 1.25
 """Or how many times as far from Hugging Face as the quantized graph it may be. In bfloat16 inputs
 are rounded to it before they are to int8, by some code and not by other, so that in a deep model
-many fall to the other side: seen was an engine that was as far from the graph as both were from
+many fall to the other side: seen was an engine that was as far from the graph as that was from
 Hugging Face. Two such errors differ by a few percent; a fault adds its own."""
 
 MAX_WINDOW_TO_COVER = 256

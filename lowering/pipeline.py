@@ -154,7 +154,7 @@ def lower(
             write_json(directory / "recipe.json", recipes)
             write_weights(directory, _weights(program, captured))
         # The engine is checked with the artifact's weights alone.
-        del source, hf, captured, check, every_pass
+        del source, hf, captured, check, every_pass, plan
         gc.collect()  # modules lie in reference cycles, their weights with them
         with phase("compile"):
             for key, segment in segments.items():

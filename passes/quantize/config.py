@@ -237,10 +237,6 @@ def _from_mapping(data: Mapping[str, Any]) -> QuantizationConfig:
     return QuantizationConfig(**given)
 
 
-def with_texts(config: QuantizationConfig, texts: Any) -> QuantizationConfig:
-    return replace(config, calibration=texts)
-
-
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         words = ", ".join("None" if choice is None else str(choice) for choice in allowed)

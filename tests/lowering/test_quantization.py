@@ -11,6 +11,7 @@ import torch
 from inlay import LLM, Engine, SamplingParams, compile_model
 from inlay.errors import OptionError, VerificationError
 from inlay.lowering import quantization_check as judged
+from inlay.lowering.guards import References
 from inlay.passes import weights
 from tests.quantizable import build_quantizable
 
@@ -126,6 +127,21 @@ def test_an_engine_that_differs_from_the_quantized_graph_is_caught(
     monkeypatch.setattr("inlay.lowering.pipeline.quantized_references", corrupting)
     with pytest.raises(VerificationError, match="does not compute what the quantized graph"):
         compile_model(build_quantizable("llama"), "eager", quantization="w8a8", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("noise", "error", "passes"),
+    # 2 x noise + 1.25 x rounding are allowed in a narrow dtype, nothing of this in float32.
+    [(0.03, 0.25, True), (0.03, 0.27, False), (0.0, 0.01, False)],
+)
+def test_a_quantized_engine_may_be_as_far_from_hugging_face_as_its_graph(
+    noise: float, error: float, passes: bool
+) -> None:
+    references = References((), noise, rounding=0.16)
+    exact = torch.randn(40, 64)
+    off = torch.randn(40, 64)
+    got = exact + off * (error * exact.norm() / off.norm())
+    assert references.is_as_near(exact, got) is passes
 
 
 def test_what_cannot_be_asked_for_is_refused_before_the_model_is_loaded() -> None:
