@@ -50,7 +50,7 @@ def given(engine: Engine) -> set[str]:
             {"smooth", "input_scale"},
         ),
     ],
-    ids=str,
+    ids=["gptq", "smoothquant"],
 )
 def test_what_calibration_ran_on_is_kept_and_gives_the_same_again(
     options: dict[str, Any], parts: set[str]
