@@ -1,9 +1,9 @@
 """Models of the sizes that are in use build and run: seconds, memory, tokens per second.
 
-    python -m inlay.bench.sizes [--shape qwen3-0.6b ...]
+    python -m inlay.bench.sizes [--shape qwen3-0.6b ...] [--quantization w8a8 ...]
 
-Random weights in bfloat16, written as a checkpoint. Each shape is built cold (empty caches) in a
-process of its own and runs in another. Prints a JSON line for each.
+Random weights in bfloat16, written as a checkpoint. Each shape and precision is built cold (empty
+caches) in a process of its own and runs in another. Prints a JSON line for each.
 """
 
 from __future__ import annotations
@@ -45,11 +45,12 @@ print(json.dumps({
 """
 
 
-def measure(shape: str) -> dict[str, Any]:
+def measure(shape: str, quantization: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = save_shape(shape, Path(folder) / "checkpoint")
         (Path(folder) / "build").mkdir()
-        built = cold_build(checkpoint, Path(folder) / "build")
+        options = {} if quantization == "none" else {"quantization": quantization}
+        built = cold_build(checkpoint, Path(folder) / "build", options)
         engine = Path(folder) / "build" / "engine"
         manifest = json.loads((engine / "inlay.json").read_text())
         environment = {**os.environ, "INLAY_CACHE_DIR": f"{folder}/build/cache"}
@@ -58,6 +59,7 @@ def measure(shape: str) -> dict[str, Any]:
         "bench": "sizes",
         "shape": shape,
         "dtype": "bfloat16",
+        "quantization": quantization,
         "backend": "inductor",
         "torch": torch.__version__,
         "cores": len(os.sched_getaffinity(0)),
@@ -70,8 +72,11 @@ def measure(shape: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, action="append", help="may be repeated")
-    for shape in parser.parse_args().shape or DEFAULT:
-        print(json.dumps(measure(shape)), flush=True)
+    parser.add_argument("--quantization", action="append", help="none by default; repeatable")
+    arguments = parser.parse_args()
+    for shape in arguments.shape or DEFAULT:
+        for quantization in arguments.quantization or ["none"]:
+            print(json.dumps(measure(shape, quantization)), flush=True)
 
 
 if __name__ == "__main__":
