@@ -29,6 +29,8 @@
   Quantized products need none of it: they sum each row in one order.
 - `draw_tokens(logits [N, V], slots, positions, integers, floats)` -> tokens, largest logits:
   `draw_row` of `runtime/draws.py` for each row, without typical_p, with the state of `Sampler`.
+- `kept_memory()` -> bytes of activations kept from one step of a `Program` to the next, bytes of
+  them in use, and how many blocks had to be had from the C library since the start.
 - `packed_nbytes(handle)`; `packed_format(handle)` ("onednn"; "pairs", bfloat16 for our own
   products; "plain" where oneDNN lacks the dtype on this CPU; "int8", "int8_weight_only",
   "int4_weight_only", "fp8"); `get_isa()`, `set_isa("auto" | "avx512_bf16" | "avx512" | "avx2" |
@@ -60,7 +62,7 @@ from inlay.errors import BuildError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
-INTERFACE = 6
+INTERFACE = 7
 """Goes up when an op is added, or when an op's schema or the cache layout changes; libraries of
 one number can stand in for each other."""
 
