@@ -142,12 +142,17 @@ def _units() -> tuple[_Unit, ...]:
     )
     # NaN and infinity keep their meaning (no -ffast-math); errno and traps do not matter.
     kernel_flags = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-    isa_flags = (*_ISA_FLAGS["avx512"], *_DOT_FLAGS, "-DINLAY_ISA=avx512_dot") if x86 else ()
-    dot_flags = (*kernel_flags, *isa_flags)
+    dot_flags = (*kernel_flags, *_ISA_FLAGS["avx512"], *_DOT_FLAGS, "-DINLAY_ISA=avx512_dot")
+    avx2_flags = (*kernel_flags, *_ISA_FLAGS["avx2"], "-DINLAY_ISA=avx2")
+    only_x86 = (
+        _Unit("small_matmul.cpp", "small_matmul", dot_flags),
+        _Unit("quantized_dot.cpp", "quantized_dot", dot_flags),
+        _Unit("small_matmul_avx2.cpp", "small_matmul_avx2", avx2_flags),
+        _Unit("quantized_madd.cpp", "quantized_madd", avx2_flags),
+    )
     return (
         _Unit("ops.cpp", "ops", torch_flags),
-        _Unit("small_matmul.cpp", "small_matmul", dot_flags),
-        *((_Unit("quantized_dot.cpp", "quantized_dot", dot_flags),) if x86 else ()),
+        *(only_x86 if x86 else ()),
         *(
             _Unit(f"{name}.cpp", f"{name}_{isa}", (*kernel_flags, *flags, f"-DINLAY_ISA={isa}"))
             for name in ("attention", "experts", "quantized", "sampler")
