@@ -13,15 +13,33 @@ constexpr int kFewRows = 4;
 constexpr int kPanel = 256;  // inputs of a part: 256 * 128 * 128 is exact in float32
 constexpr int kRowsAtATime = 64;
 
+// A pair of inputs of kFloat8, in the upper half of each output's lane.
+INLAY_INLINE VecI float8_pairs(const uint8_t* tile, int pair, int vec) {
+  const uint8_t* from = tile + vec * kLanes * 4;
+#if defined(__AVX512F__)
+  const __m512i bytes = _mm512_loadu_si512(from), zero = _mm512_setzero_si512();
+  return (VecI)(pair ? _mm512_unpackhi_epi16(zero, bytes) : _mm512_unpacklo_epi16(zero, bytes));
+#elif defined(__AVX2__)
+  const __m256i bytes = load_as<__m256i>(from), zero = _mm256_setzero_si256();
+  return (VecI)(pair ? _mm256_unpackhi_epi16(zero, bytes) : _mm256_unpacklo_epi16(zero, bytes));
+#else
+  return (VecI)(__builtin_convertvector(load_as<VecH>(from + pair * 8), VecU) << 16);
+#endif
+}
+
+// e4m3 whose bits are a lane's uppermost.
+INLAY_INLINE VecF float8_on_top(VecI bits) {
+  const VecI small = bits >> 4 & static_cast<int32_t>(0x87f00000);
+  const VecF value = (VecF)small * 0x1p120f;  // exponents' biases: 127 - 7
+  return (VecF)((VecI)value | ((small & 0x07f00000) == 0x07f00000));
+}
+
 // An input of a tile, as kLanes outputs' floats.
 template <Format format>
 INLAY_INLINE VecF number(const uint8_t* tile, int input, int vec) {
-  if constexpr (format == Format::kFloat8) {
-    VecH pairs;
-    for (int i = 0; i < kLanes / 4; ++i)
-      memcpy(reinterpret_cast<char*>(&pairs) + i * 8,
-             tile + (vec * (kLanes / 4) + i) * 16 + input / 2 * 8, 8);
-    return float8_values(__builtin_convertvector(pairs, VecU) >> (8 * (input % 2)) & 0xff);
+  if (format == Format::kFloat8) {
+    const VecI pairs = float8_pairs(tile, input / 2, vec);
+    return float8_on_top(input % 2 ? pairs : pairs << 8);
   }
   const VecU bytes = load_as<VecU>(tile + vec * kLanes * 4);
   if (format == Format::kIntegers)
@@ -70,18 +88,23 @@ INLAY_INLINE void accumulate(const QuantizedProduct& p, int64_t row, int64_t gro
 template <int Count>
 INLAY_INLINE void add_input(VecF (&sums)[Count][kVecs], const float* x, int64_t stride,
                             const VecF (&w)[kVecs]) {
+#pragma GCC unroll 8
   for (int r = 0; r < Count; ++r)
-    for (int v = 0; v < kVecs; ++v) sums[r][v] += splat(x[r * stride]) * w[v];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) add_product(sums[r][v], splat(x[r * stride]), w[v]);
 }
 
 template <Format format, int Count>
-INLAY_INLINE void add_tile(VecF (&sums)[Count][kVecs], const float* x, int64_t stride,
-                           const uint8_t* tile, int first, int inputs, const VecF (&zero)[kVecs]) {
-  for (int i = 0; i < inputs; ++i) {
-    VecF w[kVecs];
-    for (int v = 0; v < kVecs; ++v) w[v] = number<format>(tile, i, first + v) - zero[v];
-    add_input(sums, x + i, stride, w);
+INLAY_INLINE void add_coded(VecF (&sums)[Count][kVecs], const float* x, int64_t stride,
+                            const uint8_t* tile, int input, int first,
+                            const VecF (&zero)[kVecs]) {
+  VecF w[kVecs];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVecs; ++v) {
+    w[v] = number<format>(tile, input, first + v);
+    if (format == Format::kInt8 || format == Format::kInt4) w[v] -= zero[v];
   }
+  add_input(sums, x + input, stride, w);
 }
 
 // Sums of a span that begins with a tile, for a block's vectors [first, first + kVecs).
@@ -91,11 +114,17 @@ INLAY_NOINLINE static void dot_codes(const float* x, int64_t stride, const uint8
                                      VecF (*to)[kBlockVecs]) {
   constexpr int kInputs = inlay::tile_inputs(format);
   VecF sums[Count][kVecs] = {}, zero[kVecs];
+#pragma GCC unroll 8
   for (int v = 0; v < kVecs; ++v) zero[v] = load(zeros + (first + v) * kLanes);
-  for (; inputs >= kInputs; inputs -= kInputs, x += kInputs, tile += kTileBytes)
-    add_tile<format>(sums, x, stride, tile, first, kInputs, zero);
-  add_tile<format>(sums, x, stride, tile, first, static_cast<int>(inputs), zero);
+  for (; inputs >= kInputs; inputs -= kInputs, x += kInputs, tile += kTileBytes) {
+    if (kVecs < kBlockVecs) prefetch_step(tile);
+#pragma GCC unroll 8
+    for (int i = 0; i < kInputs; ++i) add_coded<format>(sums, x, stride, tile, i, first, zero);
+  }
+  for (int i = 0; i < inputs; ++i) add_coded<format>(sums, x, stride, tile, i, first, zero);
+#pragma GCC unroll 8
   for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) to[r][first + v] = sums[r][v];
 }
 
@@ -113,9 +142,11 @@ static void multiply_few(const QuantizedProduct& p, int64_t block, int64_t row) 
     const uint8_t* tile = codes + k / inlay::tile_inputs(format) * kTileBytes;
     for (int first = 0; first < kBlockVecs; first += kVecs)
       dot_codes<format, Count>(x + k, stride, tile, s.count, first, zeros, sums);
+#pragma GCC unroll 8
     for (int r = 0; r < Count; ++r)
       accumulate(p, row + r, s.group, block, sums[r], totals[r]);
   }
+#pragma GCC unroll 8
   for (int r = 0; r < Count; ++r) finish_row(p, row + r, block, totals[r]);
 }
 
@@ -138,10 +169,13 @@ INLAY_NOINLINE static void dot_panel(const float* x, int64_t stride, const float
   VecF sums[Count][kVecs] = {};
   for (int64_t k = 0; k < inputs; ++k, panel += kVecs * kLanes) {
     VecF w[kVecs];
+#pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) w[v] = load(panel + v * kLanes);
     add_input(sums, x + k, stride, w);
   }
+#pragma GCC unroll 8
   for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) to[r][first + v] = sums[r][v];
 }
 

@@ -118,18 +118,26 @@ INLAY_INLINE __m256i numbers(__m256i w) {
                           _mm256_set1_epi16(15));
 }
 
+// sum += a times b; see add_product of vec.h.
+INLAY_INLINE void add_pairs(__m256i& sum, __m256i a, __m256i b) {
+  const __m256i products = _mm256_madd_epi16(a, b);
+  asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
+}
+
 template <Format format, int part, int Count, int Vecs>
 INLAY_INLINE void add_part(__m256i (&sums)[Count][Vecs], const char* x, int64_t stride,
                            const uint8_t* w) {
   __m256i n[Vecs];
+#pragma GCC unroll 8
   for (int v = 0; v < Vecs; ++v)
     n[v] = numbers<format, part>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + v));
+#pragma GCC unroll 8
   for (int r = 0; r < Count; ++r) {
     int32_t pair;
     memcpy(&pair, x + r * stride + part * 4, sizeof pair);
     const __m256i both = _mm256_set1_epi32(pair);
-    for (int v = 0; v < Vecs; ++v)
-      sums[r][v] = _mm256_add_epi32(sums[r][v], _mm256_madd_epi16(n[v], both));
+#pragma GCC unroll 8
+    for (int v = 0; v < Vecs; ++v) add_pairs(sums[r][v], n[v], both);
   }
 }
 
@@ -137,6 +145,7 @@ template <Format format, int Count, int Vecs>
 INLAY_INLINE void add_tiles(__m256i (&sums)[Count][Vecs], const char* x, int64_t stride,
                             const uint8_t* w, int64_t tiles) {
   for (; tiles > 0; --tiles, w += kTileBytes, x += 2 * inlay::tile_inputs(format)) {
+    if (Vecs < kBlockVecs) prefetch_step(w);
     add_part<format, 0>(sums, x, stride, w);
     add_part<format, 1>(sums, x, stride, w);
     if (format != Format::kInt4) continue;
@@ -155,6 +164,7 @@ struct Factors {
   VecI zero[Vecs];
 
   Factors(const QuantizedProduct& p, int64_t group, int64_t first) {
+#pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v) {
       const int64_t column = first + v * kLanes, count = p.out_features - column;
       const int64_t at = group * p.out_features + column;
@@ -179,7 +189,9 @@ INLAY_NOINLINE void multiply_vectors(const QuantizedProduct& p, int64_t row, int
   if (format == Format::kIntegers) {
     __m256i sums[Count][Vecs] = {};
     add_tiles<format>(sums, x, stride, w, (p.in_features + inputs - 1) / inputs);
+#pragma GCC unroll 8
     for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
       for (int v = 0; v < Vecs; ++v) to[r][first + v] = (VecF)sums[r][v];
     return;
   }
@@ -191,9 +203,11 @@ INLAY_NOINLINE void multiply_vectors(const QuantizedProduct& p, int64_t row, int
       const int64_t tiles = (end - k + inputs - 1) / inputs;
       __m256i sums[Count][Vecs] = {};
       add_tiles<format>(sums, x + k * 2, stride, w, tiles);
+#pragma GCC unroll 8
       for (int r = 0; r < Count; ++r) {
         Segment s;
         memcpy(&s, segments + r * stride, sizeof s);
+#pragma GCC unroll 8
         for (int v = 0; v < Vecs; ++v) {
           const VecI n = (VecI)sums[r][v] - f.zero[v] * s.sum;
           totals[r][v] += __builtin_convertvector(n, VecF) * (f.scale[v] * s.unit);
@@ -203,17 +217,20 @@ INLAY_NOINLINE void multiply_vectors(const QuantizedProduct& p, int64_t row, int
       k = end;
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v) to[r][first + v] = totals[r][v];
 }
 
 // Few rows take a block at once, so that the weights stream by line by line.
 template <Format format, int Count>
 void multiply_block(const QuantizedProduct& p, int64_t row, int64_t block) {
-  constexpr int step = Count <= kRows / 2 ? kBlockVecs : kBlockVecs / 2;
+  constexpr int step = Count <= 2 ? kBlockVecs : kBlockVecs / 2;
   VecF totals[Count][kBlockVecs];
   for (int first = 0; first < kBlockVecs; first += step)
     multiply_vectors<format, Count, step>(p, row, block, first, totals);
+#pragma GCC unroll 8
   for (int r = 0; r < Count; ++r) finish_row(p, row + r, block, totals[r]);
 }
 

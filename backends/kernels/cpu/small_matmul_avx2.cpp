@@ -24,6 +24,12 @@ INLAY_INLINE void write_row(const SmallMatmul& m, int64_t row, int64_t column, V
   }
 }
 
+// The first or second of 8 pairs of inputs.
+INLAY_INLINE VecF widen(const uint16_t* pairs, int part) {
+  const VecU both = load_as<VecU>(pairs);
+  return (VecF)(part ? both & 0xffff0000u : both << 16);
+}
+
 // Vectors [first, first + Vecs) of a block's outputs.
 template <int Count, int Vecs>
 INLAY_NOINLINE void multiply_vectors(const SmallMatmul& m, int64_t row, int64_t block, int first) {
@@ -31,17 +37,24 @@ INLAY_NOINLINE void multiply_vectors(const SmallMatmul& m, int64_t row, int64_t 
   const uint16_t* w = m.w + block * kSmallMatmulBlock * 2 * pairs + first * 2 * kLanes;
   const char* x = m.x + row * m.x_stride;
   VecF sums[Count][Vecs] = {};
-  for (int64_t pair = 0; pair < pairs; ++pair, x += 2 * sizeof(float), w += 2 * kSmallMatmulBlock)
+  for (int64_t pair = 0; pair < pairs; ++pair, x += 2 * sizeof(float), w += 2 * kSmallMatmulBlock) {
+    if (Vecs < kVecs) prefetch_step(w);
+#pragma GCC unroll 8
     for (int part = 0; part < 2; ++part) {
       VecF wide[Vecs];
-      for (int v = 0; v < Vecs; ++v)
-        wide[v] = load_part(reinterpret_cast<const BFloat16*>(w) + v * 2 * kLanes, part);
+#pragma GCC unroll 8
+      for (int v = 0; v < Vecs; ++v) wide[v] = widen(w + v * 2 * kLanes, part);
+#pragma GCC unroll 8
       for (int r = 0; r < Count; ++r) {
         const VecF both = splat(reinterpret_cast<const float*>(x + r * m.x_stride)[part]);
-        for (int v = 0; v < Vecs; ++v) sums[r][v] += both * wide[v];
+#pragma GCC unroll 8
+        for (int v = 0; v < Vecs; ++v) add_product(sums[r][v], both, wide[v]);
       }
     }
+  }
+#pragma GCC unroll 8
   for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v)
       write_row(m, row + r, block * kSmallMatmulBlock + (first + v) * kLanes, sums[r][v]);
 }
@@ -49,7 +62,7 @@ INLAY_NOINLINE void multiply_vectors(const SmallMatmul& m, int64_t row, int64_t 
 // Few rows take a block at once, so that enough sums are under way.
 template <int Count>
 void multiply_block(const SmallMatmul& m, int64_t row, int64_t block) {
-  constexpr int step = Count <= kRows / 2 ? kVecs : kVecs / 2;
+  constexpr int step = Count <= 2 ? kVecs : kVecs / 2;
   for (int first = 0; first < kVecs; first += step)
     multiply_vectors<Count, step>(m, row, block, first);
 }
