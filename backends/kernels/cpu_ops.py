@@ -30,9 +30,11 @@
 - `draw_tokens(logits [N, V], slots, positions, integers, floats)` -> tokens, largest logits:
   `draw_row` of `runtime/draws.py` for each row, without typical_p, with the state of `Sampler`.
 - `packed_nbytes(handle)`; `packed_format(handle)` ("onednn"; "pairs", bfloat16 for our own
-  products; "plain" where oneDNN lacks the dtype on this CPU; "int8", "int8_weight_only",
+  products, on x86 CPUs without AVX-512 and on those with its bfloat16 but no AMX; "plain" where
+  neither we nor oneDNN have a kernel for the dtype on this CPU; "int8", "int8_weight_only",
   "int4_weight_only", "fp8"); `get_isa()`, `set_isa("auto" | "avx512_bf16" | "avx512" | "avx2" |
-  "portable")`.
+  "portable")`: what runs from now on, but for float weights what `pack_linear` and `pack_experts`
+  pack for.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ class _Unit:
 
 
 def build_ops(cache: Path | None = None) -> Path:
-    """The built library: from the cache, or compiled into it (20 s or less on two cores).
+    """The built library: from the cache, or compiled into it (30 s or less on two cores).
 
     cache: directory for built libraries; default `ops` under `cache_dir()`.
     Raises BuildError: no compiler, the compiler failed, or the cache cannot be written.
