@@ -72,7 +72,7 @@ def read_graph(artifact: Artifact, own: Tensors) -> Captured:
     data = artifact.json(GRAPH)
     gm = graph_from_json(data)
     gm.meta.update({"recipes": data["recipes"], "modules": data["module_classes"], "symbols": {}})
-    mode = FakeTensorMode(shape_env=ShapeEnv())
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)  # as export
     placeholders = iter(data["placeholders"])
     for node, module in zip(gm.graph.nodes, data["modules"], strict=True):
         if module:
