@@ -17,10 +17,10 @@ from inlay.backends.eager.backend import EagerBackend
 from inlay.errors import ArtifactError, InlayError, ModelLoadError, VerificationError
 from inlay.lowering import pipeline
 from inlay.lowering import refit as module
+from inlay.lowering.partition import partition
 from inlay.lowering.random_weights import randomise
 from inlay.lowering.refit import check_program
 from inlay.lowering.stored_graph import own_tensors, read_graph
-from inlay.lowering.partition import partition
 from inlay.passes.pass_manager import AFTER_QUANTIZATION, run_passes
 from inlay.passes.quantize.config import QuantizationConfig
 from tests.quantizable import build_quantizable
@@ -143,7 +143,13 @@ def test_nothing_is_traced_or_compiled(
     monkeypatch.setattr(pipeline, "capture", forbidden)
     said: list[str] = []
     made = engine.refit(other(), tmp_path / "engine", progress=said.append)
-    assert [line.partition(":")[0] for line in said] == ["load", "graph", "weights", "code", "verify"]
+    assert [line.partition(":")[0] for line in said] == [
+        "load",
+        "graph",
+        "weights",
+        "code",
+        "verify",
+    ]
     before, after = engine.manifest, made.manifest
     assert after["provenance"][0] == before["provenance"][0]
     event = after["provenance"][1]

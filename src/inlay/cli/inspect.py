@@ -57,8 +57,8 @@ def collect(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any], str]:
     from inlay.engine import Engine, is_artifact
     from inlay.errors import OptionError
     from inlay.lowering.options import CompileOptions
-    from inlay.report.collect import of_artifact, of_model
     from inlay.report.artifact import artifact_data, artifact_text
+    from inlay.report.collect import of_artifact, of_model
     from inlay.report.text import as_data, as_text
 
     fields = CompileOptions.__dataclass_fields__

@@ -128,7 +128,9 @@ def _sizes(facts: dict[str, Any]) -> str:
 
 
 def _segment_lines(segments: dict[str, Any]) -> list[str]:
-    heading = f"  {'segment':<18}{'role':<10}{'uses':>6}{'ops':>6}{'code, kB':>10}{'weights, MB':>13}"
+    heading = (
+        f"  {'segment':<18}{'role':<10}{'uses':>6}{'ops':>6}{'code, kB':>10}{'weights, MB':>13}"
+    )
     return [
         heading,
         *(

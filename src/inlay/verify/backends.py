@@ -90,8 +90,10 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     width = max(12, *(len(row.backend) + 2 for row in rows))
     yield f"{'backend':{width}}" + "".join(f"{name:>14}" for name in COLUMNS) + "  verdict"
     for row in rows:
-        yield f"{row.backend:{width}}" + "".join(f"{cell:>14}" for cell in _cells(row)) + (
-            f"  {_verdict(row)}"
+        yield (
+            f"{row.backend:{width}}"
+            + "".join(f"{cell:>14}" for cell in _cells(row))
+            + (f"  {_verdict(row)}")
         )
     for row in rows:
         yield from _faults(row)
