@@ -288,10 +288,15 @@ def test_another_process_is_refused_until_the_first_one_dies(tmp_path: Path) -> 
 
 def test_a_claim_ends_with_its_block(tmp_path: Path) -> None:
     target = tmp_path / "engine"
-    with pytest.raises(ValueError, match="no"), claimed(target):
-        with pytest.raises(BuildError, match=f"written by process {os.getpid()} just now"):
-            write(target)
-        raise ValueError("no")
+
+    def fail() -> None:
+        with claimed(target):
+            with pytest.raises(BuildError, match=f"written by process {os.getpid()} just now"):
+                write(target)
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
     assert names(tmp_path) == []
     write(target)
     assert content(target) == "new"

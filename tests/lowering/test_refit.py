@@ -274,12 +274,12 @@ def test_checkpoints_that_are_quantized_otherwise(engine: Engine, tmp_path: Path
     folder = checkpoint("a", packed(4, 32))
     quantized = compile_model(folder, "eager", dtype="float32", verify="capture")
     plain = str(tmp_path / "a" / "meant")
-    with pytest.raises(ModelLoadError, match="is not quantized, and .* was made of one that is"):
+    with pytest.raises(ModelLoadError, match=r"is not quantized, and .* was made of one that is"):
         quantized.refit(plain, tmp_path / "engine")
-    with pytest.raises(ModelLoadError, match="does not give the program that .* step 0 differs"):
+    with pytest.raises(ModelLoadError, match=r"does not give the program that .* step 0 differs"):
         quantized.refit(checkpoint("b", packed(4, 64)), tmp_path / "engine")
     whole = compile_model(plain, "eager", verify="capture")
-    with pytest.raises(ModelLoadError, match="is quantized already, and .* was built of unquant"):
+    with pytest.raises(ModelLoadError, match=r"is quantized already, and .* was built of unquant"):
         whole.refit(folder, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
 

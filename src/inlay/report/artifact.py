@@ -87,9 +87,9 @@ def _quantization(engine: Engine, report: Report) -> dict[str, Any]:
 def artifact_text(facts: dict[str, Any]) -> str:
     """The same, line by line."""
     hashes = facts["hashes"]
-    checked = "all right" if hashes["weights_checked"] else (
-        f"all right but those of {hashes['weight_files']} weight files, which --check-weights checks"
-    )  # fmt: skip
+    checked = "all right"
+    if not hashes["weights_checked"]:
+        checked += f" but {hashes['weight_files']} weight files, which --check-weights checks"
     quantization = facts["quantization"]
     given = "".join(f", numbers from {origin}" for origin in quantization["given_by"])
     lines = [
@@ -128,9 +128,8 @@ def _sizes(facts: dict[str, Any]) -> str:
 
 
 def _segment_lines(segments: dict[str, Any]) -> list[str]:
-    heading = (
-        f"  {'segment':<18}{'role':<10}{'uses':>6}{'ops':>6}{'code, kB':>10}{'weights, MB':>13}"
-    )
+    heading = f"  {'segment':<18}{'role':<10}{'uses':>6}{'ops':>6}"
+    heading += f"{'code, kB':>10}{'weights, MB':>13}"
     return [
         heading,
         *(
