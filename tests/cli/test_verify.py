@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from inlay.backends.inductor.backend import InductorBackend
+from inlay.backends.eager.backend import EagerBackend
+from inlay.backends.select import BACKENDS
 from inlay.cli import main
 from inlay.engine import build
 from inlay.errors import BuildError, OptionError
@@ -109,32 +110,50 @@ def test_a_config_that_is_wrong(
     assert message in capsys.readouterr().err
 
 
+class Second(EagerBackend):
+    """Another backend than eager, as far as anybody can tell."""
+
+    name = "second"
+
+
 def test_several_backends_in_one_table(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = [*FEW[2:], "--dtype", "float32", "--backends", "eager,inductor,eager"]
+    monkeypatch.setitem(BACKENDS, "second", f"{__name__}:Second")
+    few = [*FEW[2:], "--dtype", "float32", "--backends", "eager,second,eager"]
     arguments = ["verify", str(config), "--random-weights", *few]
     assert main(arguments) == 0
     said = capsys.readouterr()
-    head, names, eager, compiled = said.out.splitlines()
-    assert head.endswith("float32, against Hugging Face in float32")
-    assert names.split()[:3] == ["backend", "greedy", "top-1"]
-    for line, name in ((eager, "eager"), (compiled, "inductor")):
-        assert line.split()[:5] == [name, "3", "of", "3", "100.00%"]
-        assert line.split()[-1] == "agrees"
-        assert 0 < float(line.split()[5]) < 1e-3  # the largest logit's difference
+    check_table(said.out, "eager", "second")
     assert "  eager: generating 4 tokens" in said.err
 
     def refuses(*_: object) -> None:
         raise BuildError("no compiler")
 
-    monkeypatch.setattr(InductorBackend, "check", refuses)
+    monkeypatch.setattr(Second, "check", refuses)
     assert main([*arguments, "--json"]) == 2
     facts = json.loads(capsys.readouterr().out)
     one, other = facts["backends"]
     assert (facts["ok"], one["ok"], one["top_1_agreement"]) == (False, True, 1.0)
     assert one["measured"]["num_greedy"] == 3
-    assert other == {"backend": "inductor", "ok": None, "error": "BuildError: no compiler"}
+    assert other == {"backend": "second", "ok": None, "error": "BuildError: no compiler"}
+
+
+def check_table(text: str, *backends: str) -> None:
+    head, names, *rows = text.splitlines()
+    assert head.endswith("float32, against Hugging Face in float32")
+    assert names.split()[:3] == ["backend", "greedy", "top-1"]
+    for line, name in zip(rows, backends, strict=True):
+        assert line.split()[:5] == [name, "3", "of", "3", "100.00%"]
+        assert line.split()[-1] == "agrees"
+        assert 0 < float(line.split()[5]) < 1e-3  # the largest logit's difference
+
+
+@pytest.mark.slow
+def test_compiled_code_in_the_table(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = [*FEW[2:], "--dtype", "float32", "--backends", "inductor,eager"]
+    assert main(["verify", str(config), "--random-weights", *few]) == 0
+    check_table(capsys.readouterr().out, "inductor", "eager")
 
 
 def test_one_backend_that_is_wrong_gives_status_1_and_its_first_difference(
