@@ -379,7 +379,10 @@ def test_two_processes_build_one_target(tmp_path: Path) -> None:
         builder.stdin.flush()
     for builder in builders:
         errors.append(builder.communicate(timeout=120)[1])
-    assert [builder.returncode for builder in builders] == [0, 0], errors
+    codes = [builder.returncode for builder in builders]
+    assert 0 in codes, errors
+    for code, builder, said in zip(codes, reversed(builders), errors, strict=True):
+        assert code == 0 or f"is being written by process {builder.pid} just now" in said, said
     assert [path.name for path in target.parent.iterdir()] == ["engine"]
     assert Engine.load(target, check_weights=True).manifest["architecture"] == "llama"
 

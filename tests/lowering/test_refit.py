@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from inlay import LLM, Engine, SamplingParams, compile_model
-from inlay.backends.artifact import GRAPH, SELF, WeightReader, hash_files, write_manifest
+from inlay.backends.artifact import SELF, WeightReader
 from inlay.backends.eager.backend import EagerBackend
-from inlay.errors import ArtifactError, InlayError, ModelLoadError, VerificationError
+from inlay.errors import InlayError, ModelLoadError, VerificationError
 from inlay.lowering import pipeline
 from inlay.lowering import refit as module
 from inlay.lowering.partition import partition
@@ -105,7 +105,7 @@ def test_a_quantized_checkpoint(form: Format, tmp_path: Path) -> None:
     assert tokens(refitted) == tokens(fresh)
 
 
-STORED = ("gemma2", "gpt2", "deepseek_v3", "bert", "gpt_oss", "bloom")
+STORED = ("gemma2", "gemma3n_text", "gpt2", "deepseek_v3", "bert", "gpt_oss", "bloom")
 
 
 @pytest.mark.parametrize("name", STORED)
@@ -284,16 +284,8 @@ def test_checkpoints_that_are_quantized_otherwise(engine: Engine, tmp_path: Path
     assert not (tmp_path / "engine").exists()
 
 
-def test_an_artifact_without_its_graph(engine: Engine, tmp_path: Path) -> None:
-    old = engine.save(tmp_path / "old")
-    (old.path / GRAPH).unlink()
-    write_manifest(old.path, {**old.manifest, "files": hash_files(old.path)})
-    with pytest.raises(ArtifactError, match=r"has no graph.json.*rebuild: inlay build MODEL"):
-        Engine.load(old.path).refit(other(), tmp_path / "engine")
-
-
 @pytest.mark.parametrize("weights", ["no/such/place/here", 5])
 def test_what_is_no_checkpoint(weights: Any, engine: Engine, tmp_path: Path) -> None:
-    with pytest.raises((InlayError, AttributeError)):
+    with pytest.raises(InlayError, match=r"no/such/place/here|int"):
         engine.refit(weights, tmp_path / "engine")
     assert list(tmp_path.iterdir()) == []
