@@ -115,7 +115,7 @@ class BuildSettings:
 
 
 class Backend(Protocol):
-    """How segments become code, and how that code is run."""
+    """How segments become code, and how that code is run. Backends inherit of it."""
 
     name: str
 
@@ -138,3 +138,12 @@ class Backend(Protocol):
 
     def load(self, artifact: Artifact) -> LoadedModel:
         """A model ready to run; raises ArtifactError where the artifact does not fit here."""
+
+    def weight_files(self, directory: Path) -> list[Path]:
+        """Files below an artifact's directory that hold weights, beside weights/: `prune` leaves
+        them out, `refit` has them made again. Code of most backends holds none."""
+        return []
+
+    def refit(self, directory: Path, program: Program, settings: BuildSettings) -> None:
+        """Make `weight_files` again, of what an artifact's directory has: the build's other files
+        and new weights (`WeightReader(directory)`); there is no manifest yet."""
