@@ -26,7 +26,8 @@ FORMULAS = {
     "memory share": "(steps * weight bytes + KV bytes read) / seconds / read probe",
     "compute share": "operations of all tokens that were run / seconds / product rate",
     "read probe": "the best of streams read by all threads, between the repeats",
-    "product rate": "the best of torch's and oneDNN's products at the model's own shapes",
+    "product rate": "the best of torch's and oneDNN's products at the model's own shapes, in its "
+    "type or in float32",
 }
 
 
@@ -120,12 +121,18 @@ def load_shares(
 
 
 def _calls(product: Product, rows: int) -> list[Callable[[], object]]:
-    """The ways in which a library computes a product."""
+    """The ways in which a library computes a product. In float32 too: without instructions for
+    narrow types libraries emulate these, and no machine's rate is below its float32 one."""
     n, k = product.out_features, product.in_features
+    calls = _float_calls(rows, n, k, torch.float32)
     if product.dtype == "int8":
         q, packed = (torch.randint(-9, 9, shape, dtype=torch.int8) for shape in ((rows, k), (n, k)))
-        return [lambda: torch._int_mm(q, packed.t())]
+        return [*calls, lambda: torch._int_mm(q, packed.t())]
     dtype: torch.dtype = getattr(torch, product.dtype)
+    return calls if dtype == torch.float32 else [*calls, *_float_calls(rows, n, k, dtype)]
+
+
+def _float_calls(rows: int, n: int, k: int, dtype: torch.dtype) -> list[Callable[[], object]]:
     x, weight = torch.ones(rows, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
     calls: list[Callable[[], object]] = [lambda: F.linear(x, weight)]
     with suppress(AttributeError, RuntimeError):  # a build of torch without oneDNN, or this dtype

@@ -16,7 +16,7 @@ from inlay.engine import Engine
 
 def shares_of(session: Session) -> dict[str, dict[str, float]]:
     """By system: decode_share, with each repeat's own read probe, the median; prefill_share, of
-    the rate of torch's or oneDNN's products of the model's shapes, measured now."""
+    the rate of torch's or oneDNN's products of the model's shapes (roofline.py), measured now."""
     return {
         record.system.name: _of_one(session, record)
         for record in session.each()
