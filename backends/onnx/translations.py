@@ -30,9 +30,9 @@ class Translations:
 
         self.target = target
         self.functions: list[Any] = []
-        self._onnx = onnxscript.opset23
-        self._own = onnxscript.values.Opset(DOMAIN, 1)
-        methods = {
+        self._onnx: Any = onnxscript.opset23
+        self._own: Any = onnxscript.values.Opset(DOMAIN, 1)
+        methods: dict[Any, Callable[..., Any]] = {
             ops.linear.default: self.linear,
             ops.rms_norm.default: self.rms_norm,
             ops.rope.default: self.rope,
