@@ -77,7 +77,7 @@ class GatheredAttention:
                 cache,
                 sinks,
                 slopes,
-            )  # fmt: skip
+            )
             for at in (slice(begin, begin + rows) for begin in range(0, q.shape[0], rows))
         ]
         out = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
@@ -112,7 +112,8 @@ def _attend(
     slopes: Tensor | None,
 ) -> Tensor:
     """q [n, Hq, D] at these positions [n] over its requests' cached tokens, length [n] of them in
-    blocks tables [n, blocks]: float32 [n, Hq, Dv]. The formulas are those of `inlay::attention`'s reference."""
+    blocks tables [n, blocks]: float32 [n, Hq, Dv]. The formulas are
+    those of `inlay::attention`'s reference."""
     wide = torch.promote_types(q.dtype, torch.float32)
     group = step.num_heads // step.num_kv_heads
     keys = _read(cache.k, cache.k_scales, tables)  # [n, Hk, S, D]
