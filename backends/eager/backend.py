@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter
 
 import inlay.passes.ops  # noqa: F401  (defines torch.ops.inlay)
 from inlay.backends.artifact import Artifact, WeightReader
-from inlay.backends.base import BuildSettings, ModelLimits
+from inlay.backends.base import BuildSettings, Checkable, ModelLimits
 from inlay.backends.graph_json import graph_from_json
 from inlay.backends.kv_caches import LayerCache
 from inlay.backends.model import ProgramModel, SegmentCall
@@ -71,11 +71,17 @@ class EagerBackend:
     def prepare(self) -> None:
         """Nothing is needed."""
 
-    def check(self, program: Program, settings: BuildSettings) -> None:
+    def check(
+        self, program: Program, segments: Mapping[str, GraphModule], settings: BuildSettings
+    ) -> None:
         """Anything that was captured can be interpreted."""
 
     def build(
-        self, segments: Mapping[str, GraphModule], directory: Path, settings: BuildSettings
+        self,
+        program: Program,
+        segments: Mapping[str, GraphModule],
+        directory: Path,
+        settings: BuildSettings,
     ) -> dict[str, Any]:
         """Nothing to compile: the artifact's own graphs are what runs."""
         return {}
@@ -97,6 +103,9 @@ class EagerBackend:
             torch.device("cpu"),
             refuse_batch_invariance,
         )
+
+    def load_to_check(self, artifact: Artifact) -> Checkable:
+        return Checkable(self.load(artifact), "the eager engine")
 
 
 def refuse_batch_invariance() -> None:
