@@ -134,7 +134,7 @@ class Checkable(NamedTuple):
 
 
 class Backend(Protocol):
-    """How segments become code, and how that code is run."""
+    """How segments become code, and how that code is run. Backends inherit of it."""
 
     name: str
 
@@ -169,3 +169,13 @@ class Backend(Protocol):
 
     def load_to_check(self, artifact: Artifact) -> Checkable:
         """The same after a build, or what stands in for it where the engine cannot run here."""
+        return Checkable(self.load(artifact), f"the {self.name} engine")
+
+    def weight_files(self, directory: Path) -> list[Path]:
+        """Files below an artifact's directory that hold weights, beside weights/: `prune` leaves
+        them out, `refit` has them made again. Code of most backends holds none."""
+        return []
+
+    def refit(self, directory: Path, program: Program, settings: BuildSettings) -> None:
+        """Make `weight_files` again, of what an artifact's directory has: the build's other files
+        and new weights (`WeightReader(directory)`); there is no manifest yet."""

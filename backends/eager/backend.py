@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter
 
 import inlay.passes.ops  # noqa: F401  (defines torch.ops.inlay)
 from inlay.backends.artifact import Artifact, WeightReader
-from inlay.backends.base import BuildSettings, Checkable, ModelLimits
+from inlay.backends.base import Backend, BuildSettings, ModelLimits
 from inlay.backends.graph_json import graph_from_json
 from inlay.backends.kv_caches import LayerCache
 from inlay.backends.model import ProgramModel, SegmentCall
@@ -65,7 +65,7 @@ def interpret(gm: GraphModule) -> SegmentCall:
     return call
 
 
-class EagerBackend:
+class EagerBackend(Backend):
     name = "eager"
 
     def prepare(self) -> None:
@@ -103,9 +103,6 @@ class EagerBackend:
             torch.device("cpu"),
             refuse_batch_invariance,
         )
-
-    def load_to_check(self, artifact: Artifact) -> Checkable:
-        return Checkable(self.load(artifact), "the eager engine")
 
 
 def refuse_batch_invariance() -> None:

@@ -19,7 +19,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.fx import GraphModule
 
 from inlay.backends.artifact import Artifact, WeightReader
-from inlay.backends.base import BuildSettings, Checkable, ModelLimits
+from inlay.backends.base import Backend, BuildSettings, ModelLimits
 from inlay.backends.cache import cache_dir, content_key, fetch
 from inlay.backends.graph_json import graph_from_json, graph_to_json
 from inlay.backends.inductor.compile import Packing, inductor_config, packed_weights
@@ -91,7 +91,7 @@ class CpuAttention:
         return torch.ops.inlay_cpu.paged_attention_converted(q, k, v, *cache, *batch, *options)
 
 
-class InductorBackend:
+class InductorBackend(Backend):
     name = "inductor"
 
     def __init__(self) -> None:
@@ -173,9 +173,6 @@ class InductorBackend:
             lambda: make_batch_invariant(program, graphs, weights, _cpu_flags()),
             loop,
         )
-
-    def load_to_check(self, artifact: Artifact) -> Checkable:
-        return Checkable(self.load(artifact), "the inductor engine")
 
 
 def _resident(tensor: torch.Tensor, packing: Packing | None) -> torch.Tensor:

@@ -46,7 +46,7 @@ def make_logger(library: Library, log: Log) -> Any:
     """An `ILogger` that keeps all it is told."""
     severity = library.module.ILogger
 
-    class Logger(library.module.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(library.module.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             severity.__init__(self)
 
