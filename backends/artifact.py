@@ -3,11 +3,15 @@
     inlay.json                      manifest: what this is, what it was built for, sha256 of files
     program.json                    the steps (see program.py)
     recipe.json                     how the weights were made of the checkpoint's
+    graph.json                      the whole graph before quantization and cutting, for `refit`
+    constants.safetensors           tensors of that graph that are no weights of a checkpoint
     segments/KEY/graph.json         each distinct segment as our own JSON; runs anywhere (eager)
     segments/KEY/...                what the backend compiled of it
     weights/NNNNN.safetensors       memory-mapped; weights/index.json says where each name lies
     model/...                       config, generation config, tokenizer, chat template
     eval.json                       what `inlay eval` found, if it was run; not in the manifest
+
+A pruned artifact has no weights/*.safetensors; its manifest's "pruned" has what each weight was.
 
 There is no pickle in it. Hashes detect damage, not tampering: loading an artifact runs the code
 it holds, so load only those you trust.
@@ -18,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,6 +42,8 @@ EVALUATIONS = "eval.json"
 """Verdicts that come after the build: with their own hash and that of the manifest they are about.
 Files that begin with this name are no part of the artifact: such is one that is being written."""
 REBUILD = "inlay build MODEL -o DIR"
+GRAPH = "graph.json"
+CONSTANTS = "constants.safetensors"
 SHARD_BYTES = 128 << 20
 """Small shards: packing weights at load maps one shard at a time."""
 
@@ -47,6 +54,12 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """Of the numbers' bytes, row by row."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -109,6 +122,12 @@ def hash_files(directory: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+def weights_sha256(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """One hash of all weight files, of what `hash_files` gives."""
+    hashes = [files[name]["sha256"] for name in sorted(files) if name.startswith("weights/")]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
     """The manifest, last of all, with a hash of itself."""
     header = {"format": "inlay", "format_version": FORMAT_VERSION}
@@ -168,6 +187,20 @@ class Artifact:
             )
         return manifest
 
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the weights were taken out."""
+        return "pruned" in self.manifest
+
+    def check_complete(self) -> None:
+        """Raises ArtifactError where there are no weights to run with."""
+        if self.is_pruned:
+            raise ArtifactError(
+                f"artifact {self.path} is pruned: it has no weights; give it some with `inlay "
+                f"refit {shlex.quote(str(self.path))} --weights CHECKPOINT -o DIR`, made of "
+                f"{self.manifest['origin']}"
+            )
+
     def _check_files(self, check_weights: bool) -> None:
         expected = self.manifest["files"]
         present = {str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file()}
@@ -211,15 +244,27 @@ class Artifact:
 class WeightReader:
     """Weights of an artifact by name, one shard mapped at a time.
 
+    artifact: or its directory, where it is being written. Raises ArtifactError for a pruned one.
+
     A tensor that is to outlive the next shard must be cloned by the caller: `get` returns a view
     of the mapped file.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
-        self._folder = artifact.path / "weights"
-        self._index: dict[str, dict[str, str]] = artifact.json("weights/index.json")
+    def __init__(self, artifact: Artifact | Path) -> None:
+        if isinstance(artifact, Artifact):
+            artifact.check_complete()
+            artifact = artifact.path
+        self._folder = artifact / "weights"
+        self._index: dict[str, dict[str, str]] = json.loads(
+            (self._folder / "index.json").read_text()
+        )
         self._name = ""
         self._file: Any = None
+
+    @property
+    def names(self) -> list[str]:
+        """In the order in which they lie in the files."""
+        return list(self._index)
 
     def get(self, name: str) -> torch.Tensor:
         """Raises ArtifactError where the file cannot be read or lacks the tensor."""

@@ -19,32 +19,104 @@ from safetensors import SafetensorError
 from inlay.backends.artifact import MANIFEST
 from inlay.errors import BuildError
 
+ASIDE = "-old"
+"""Of the name of an artifact that is being replaced."""
+
+
+class Claim:
+    """A place for an artifact that nobody else writes to: made by `claimed`."""
+
+    def __init__(self, target: Path, directory: Path) -> None:
+        self.target, self._directory = target, directory
+
+    @contextmanager
+    def filling(self) -> Iterator[Path]:
+        """A temporary directory beside the target that becomes it when the block ends well.
+
+        Raises BuildError where the disk is full or read-only, or something else stands there now.
+        """
+        try:
+            yield self._directory
+            _sync(self._directory)
+            _swap(self._directory, self.target)
+        except (OSError, SafetensorError) as error:
+            raise _cannot_write(self.target, error) from error
+
 
 @contextmanager
-def writing(target: Path) -> Iterator[Path]:
-    """A temporary directory beside target that becomes target when the block ends well.
+def claimed(target: Path) -> Iterator[Claim]:
+    """Keep a target for this block alone, from before the work that is to fill it.
 
     On any error, an interrupt included, the temporary directory is removed and an artifact that
-    stood at target is still there. Of two processes that write one target the last one wins.
+    stood at target is still there. The claim is a lock on that directory, which the system gives
+    up when the process dies, however it does; the next one removes what a dead process left.
 
     Raises:
-        BuildError: target is something else than an artifact, or the disk is full or read-only.
+        BuildError: target is something else than an artifact, cannot be written, or is being
+            written by another process or thread.
     """
     target = target.resolve()  # a link stays, what it points to is replaced
     try:
         check_target(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        directory = temporary_directory(target.parent, f".{target.name}.tmp-")
+        directory, lock = _take(target)
     except OSError as error:
         raise _cannot_write(target, error) from error
     try:
-        yield directory
-        _sync(directory)
-        _swap(directory, target)
-    except (OSError, SafetensorError) as error:
-        raise _cannot_write(target, error) from error
+        yield Claim(target, directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """`claimed` and `filling` at once: for what is written without long work before it."""
+    with claimed(target) as claim, claim.filling() as directory:
+        yield directory
+
+
+def _take(target: Path) -> tuple[Path, int]:
+    """A locked temporary directory of this target, and the lock's descriptor."""
+    mine = f".{target.name}.tmp-{platform.node()}-"
+    with _locked(target.parent):  # nobody takes a directory for dead that is not locked yet
+        for path in target.parent.glob(f"{glob.escape(mine)}*"):
+            if path.name.endswith(ASIDE) and not target.exists():
+                path.rename(target)  # the process died between the two renames of _swap
+                continue
+            if _is_locked(path):
+                pid = path.name[len(mine) :].split("-")[0]
+                raise BuildError(
+                    f"output {target} is being written by process {pid} just now; wait for it to "
+                    "end, or name another directory"
+                )
+            shutil.rmtree(path, ignore_errors=True)
+        directory = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=target.parent))
+        lock = os.open(directory, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return directory, lock
+
+
+def _is_locked(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """One process at a time makes, judges and moves directories here; gives the descriptor."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def check_target(target: Path) -> None:
@@ -120,17 +192,17 @@ def _sync(directory: Path) -> None:
 
 def _swap(directory: Path, target: Path) -> None:
     """Put directory in target's place; an old artifact there is moved aside first."""
-    old = directory.with_name(directory.name + "-old")
-    folder = os.open(target.parent, os.O_RDONLY)
+    old = directory.with_name(directory.name + ASIDE)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # one swap at a time: two would find each other's half
-        check_target(target)
-        if target.exists():
-            target.rename(old)
-        directory.rename(target)
-        os.fsync(folder)
+        with _locked(target.parent) as folder:
+            check_target(target)
+            try:
+                if target.exists():
+                    target.rename(old)
+                directory.rename(target)
+                os.fsync(folder)
+            finally:
+                if old.exists() and not target.exists():
+                    old.rename(target)
     finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        os.close(folder)
         shutil.rmtree(old, ignore_errors=True)

@@ -9,6 +9,7 @@ from inlay.errors import OptionError
 
 BACKENDS = {
     "inductor": "inlay.backends.inductor.backend:InductorBackend",
+    "tensorrt": "inlay.backends.tensorrt.backend:TensorRTBackend",
     "eager": "inlay.backends.eager.backend:EagerBackend",
 }
 

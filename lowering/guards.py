@@ -252,6 +252,15 @@ def packed_check(captured: Captured, references: References, block_size: int) ->
     return Check(tensors, references.tolerance, references.share)
 
 
+def every_row(check: Check, references: References) -> Check:
+    """The same for all tokens' logits, where a graph gives those it is asked for only."""
+    num_tokens = sum(len(request.token_ids) for request in references.requests)
+    rows, tensors = torch.arange(num_tokens), check.tensors
+    return replace(
+        check, tensors=lambda name: rows if name == "logits_indices" else tensors(name)
+    )
+
+
 def _by_group(tables: Sequence[Sequence[int]], index: int, groups: int) -> list[Sequence[int]]:
     """A request's block table in each KV group: another request's in the group before, so that
     one group's slots do not go with another's tables."""

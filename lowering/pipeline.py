@@ -13,7 +13,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,20 @@ import inlay
 from inlay.backends.artifact import (
     Artifact,
     hash_files,
+    weights_sha256,
     write_json,
     write_manifest,
     write_weights,
 )
-from inlay.backends.atomic import check_target, writing
-from inlay.backends.base import BuildSettings, ModelLimits
+from inlay.backends.atomic import Claim, claimed
+from inlay.backends.base import BACKEND_OPTIONS, Backend, BuildSettings, ModelLimits
 from inlay.backends.graph_json import graph_to_json
 from inlay.backends.program import Program
 from inlay.backends.select import get_backend
 from inlay.lowering.capture import capture
 from inlay.lowering.export import Captured, max_positions, padding_token
 from inlay.lowering.guards import (
+    References,
     check_capture,
     check_engine,
     packed_check,
@@ -48,6 +50,8 @@ from inlay.lowering.partition import partition
 from inlay.lowering.quantization import check_unquantized, make_plan, write_samples
 from inlay.lowering.quantization_check import quantized_references
 from inlay.lowering.rope import data_dependent
+from inlay.lowering.stored_graph import write_graph
+from inlay.passes.check import Check
 from inlay.passes.graph import copy_graph
 from inlay.passes.pass_manager import (
     AFTER_QUANTIZATION,
@@ -57,6 +61,7 @@ from inlay.passes.pass_manager import (
     run_passes,
 )
 from inlay.passes.quantize.config import NONE
+from inlay.passes.quantize.plan import Plan
 from inlay.passes.weights import WeightMaker
 
 logger = logging.getLogger(__name__)
@@ -95,9 +100,21 @@ def lower(
         ModelLoadError, UnsupportedModelError, OptionError, BuildError: see each phase.
         VerificationError: the result does not compute what Hugging Face computes.
     """
-    phase = Phases(progress)
+    get_backend(options.backend)
+    with claimed(target) as claim:
+        _lower(model, claim, options, tokenizer, Phases(progress), progress)
+    return target
+
+
+def _lower(
+    model: Any,
+    claim: Claim,
+    options: CompileOptions,
+    tokenizer: Any,
+    phase: Phases,
+    progress: Progress,
+) -> None:
     backend = get_backend(options.backend)
-    check_target(target)
     with phase("load"):
         source = load_source(model, options.dtype, tokenizer, options.trust_remote_code)
         check_unquantized(options.quantization, source)
@@ -125,59 +142,92 @@ def lower(
     with phase("passes"):
         every_pass = check if options.verify == "pass" else None
         reports = [*captured.reports, *run_passes(captured.graph, BEFORE_QUANTIZATION, every_pass)]
+        fused = replace(captured, graph=copy_graph(captured.graph))
         plan = source.stored
     if options.quantization != NONE and plan is None:
         with phase("calibrate"):
             plan = make_plan(options.quantization, captured, source.tokenizer, limits, progress)
     if plan is not None:
         with phase("quantize"):
-            captured.sources = {**captured.sources, **plan.given}
-            before = copy_graph(captured.graph)
-            reports += run_passes(captured.graph, [quantization(plan)], every_pass)
-            references = quantized_references(
-                before, captured.graph, references, check, plan is source.stored
-            )
-            del before
+            done, references = quantize(captured, plan, references, check, source, every_pass)
+            reports += done
             errors["quantization"] = references.rounding
     with phase("partition"):
         reports += run_passes(captured.graph, AFTER_QUANTIZATION, every_pass)
         program, segments = partition(captured.graph, dtype)
-    settings = BuildSettings(limits, options.optimization_level, progress, origin=name)
+    settings = build_settings(limits, options, progress, name)
     with phase("backend check"):
-        backend.check(program, settings)
-    with writing(target) as directory:
+        backend.check(program, segments, settings)
+    with claim.filling() as directory:
         with phase("weights"):
-            _write_model(directory, source)
+            write_model(directory, source)
             if plan is not None and plan.samples:
                 write_samples(directory, plan.samples)
-            recipes = captured.graph.meta["recipes"]
-            write_json(directory / "recipe.json", recipes)
-            write_weights(directory, _weights(program, captured))
+            write_json(directory / "recipe.json", captured.graph.meta["recipes"])
+            write_graph(directory, fused, hf)
+            write_weights(directory, weights_of(program, captured))
         # The engine is checked with the artifact's weights alone.
-        del source, hf, captured, check, every_pass, plan
+        del source, hf, captured, fused, check, every_pass, plan
         gc.collect()  # modules lie in reference cycles, their weights with them
         with phase("compile"):
             for key, segment in segments.items():
                 write_json(directory / "segments" / key / "graph.json", graph_to_json(segment))
-            on = backend.build(segments, directory / "segments", settings)
+            on = backend.build(program, segments, directory / "segments", settings)
         write_json(directory / "program.json", program.to_json())
+        files = hash_files(directory)
+        event = {"made_by": "build", "origin": name, "weights_sha256": weights_sha256(files)}
         manifest = {
             **_manifest(directory, options, limits, program, reports),
             "target": on,
             "origin": name,
-            "rebuild": _rebuild_command(options, name),
-            "files": hash_files(directory),
+            "rebuild": rebuild_command(options, name),
+            "provenance": [event],
+            "files": files,
         }
         if options.verify != "capture":
             with phase("verify"):
                 write_manifest(directory, manifest)
-                loaded = backend.load(Artifact(directory))
-                what = f"the {backend.name} engine"
-                errors["engine"] = check_engine(loaded, references, what)
-                del loaded
+                manifest["checked"] = check_build(backend, directory, references, errors)
         manifest |= {"errors": errors, "phases": phase.seconds}
         write_manifest(directory, manifest)
-    return target
+
+
+def build_settings(
+    limits: ModelLimits, options: CompileOptions, progress: Progress, origin: str
+) -> BuildSettings:
+    chosen = {name: getattr(options, name) for name in BACKEND_OPTIONS}
+    return BuildSettings(limits, options.optimization_level, progress, origin=origin, **chosen)
+
+
+def check_build(
+    backend: Backend, directory: Path, references: References, errors: dict[str, float]
+) -> str:
+    """Compare a finished build with Hugging Face; returns what was compared, in words.
+
+    Where the engine cannot run here the error is not its own, and has another name.
+    """
+    model, what, is_engine = backend.load_to_check(Artifact(directory))
+    errors["engine" if is_engine else "stand_in"] = check_engine(model, references, what)
+    return what
+
+
+def quantize(
+    captured: Captured,
+    plan: Plan,
+    references: References,
+    check: Check,
+    source: Source,
+    every_pass: Check | None = None,
+) -> tuple[list[PassReport], References]:
+    """Quantize a captured graph in place, and judge it layer by layer; returns what the pass did
+    and the logits that an engine must give."""
+    captured.sources = {**captured.sources, **plan.given}
+    before = copy_graph(captured.graph)
+    reports = run_passes(captured.graph, [quantization(plan)], every_pass)
+    references = quantized_references(
+        before, captured.graph, references, check, plan is source.stored
+    )
+    return reports, references
 
 
 def _limits(
@@ -194,14 +244,14 @@ def _limits(
     )
 
 
-def _weights(program: Program, captured: Captured) -> Iterator[tuple[str, torch.Tensor]]:
+def weights_of(program: Program, captured: Captured) -> Iterator[tuple[str, torch.Tensor]]:
     """The program's weights in order of use, each made by its recipe when its turn comes."""
     make = WeightMaker(captured.graph.meta["recipes"], captured.sources.__getitem__)
     for name in program.weight_names:
         yield name, make(name)
 
 
-def _write_model(directory: Path, source: Source) -> None:
+def write_model(directory: Path, source: Source) -> None:
     """What transformers needs beside the weights: config, generation config, tokenizer."""
     folder = directory / "model"
     folder.mkdir()
@@ -244,7 +294,7 @@ def json_config(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "model" / "config.json").read_text())
 
 
-def _rebuild_command(options: CompileOptions, source: str) -> str:
+def rebuild_command(options: CompileOptions, source: str) -> str:
     flags = [
         f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
         for name, value in options.to_json().items()

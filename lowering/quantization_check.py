@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from inlay.errors import VerificationError
-from inlay.lowering.guards import References
+from inlay.lowering.guards import References, every_row
 from inlay.passes.check import Check, first_output
 from inlay.passes.graph import is_call, module_of
 from inlay.passes.quantize.config import NONE, Scheme
@@ -57,12 +57,7 @@ def quantized_references(
     do with that, or where the logits as a whole have nothing to do with the model's any more.
     stored: the checkpoint was quantized already, and the model holds what its numbers mean.
     """
-    num_tokens = sum(len(request.token_ids) for request in references.requests)
-    every_row = {"logits_indices": torch.arange(num_tokens)}
-    tensors = check.tensors
-    whole = replace(
-        check, tensors=lambda name: every_row[name] if name in every_row else tensors(name)
-    )
+    whole = every_row(check, references)
     recorder = _Recorder(before, {node.meta["quantized"][0] for node in _quantized(after)})
     recorder.run(*whole.inputs(before))
     inputs = whole.inputs(after)

@@ -114,7 +114,7 @@ def add_input(
 ) -> Node:
     """A placeholder for a step input; a string in the shape is a symbolic size of that name."""
     mode = next(iter(gm.graph.nodes)).meta["val"].fake_mode
-    sizes = [_symbol(gm, mode.shape_env, s) if isinstance(s, str) else s for s in shape]
+    sizes = [symbolic_size(gm, mode.shape_env, s) if isinstance(s, str) else s for s in shape]
     with mode:
         val = torch.empty(sizes, dtype=dtype)
     return _add_placeholder(gm, "input", name, val)
@@ -137,7 +137,7 @@ def _add_placeholder(gm: GraphModule, kind: str, name: str, val: torch.Tensor) -
     return node
 
 
-def _symbol(gm: GraphModule, shape_env: ShapeEnv, name: str) -> torch.SymInt:
+def symbolic_size(gm: GraphModule, shape_env: ShapeEnv, name: str) -> torch.SymInt:
     """A symbolic size, the same for every input of this graph that names it."""
     symbols = gm.meta.setdefault("symbols", {})
     if name not in symbols:

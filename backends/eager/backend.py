@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter
 
 import inlay.passes.ops  # noqa: F401  (defines torch.ops.inlay)
 from inlay.backends.artifact import Artifact, WeightReader
-from inlay.backends.base import BuildSettings, ModelLimits
+from inlay.backends.base import Backend, BuildSettings, ModelLimits
 from inlay.backends.graph_json import graph_from_json
 from inlay.backends.kv_caches import LayerCache
 from inlay.backends.model import ProgramModel, SegmentCall
@@ -65,17 +65,23 @@ def interpret(gm: GraphModule) -> SegmentCall:
     return call
 
 
-class EagerBackend:
+class EagerBackend(Backend):
     name = "eager"
 
     def prepare(self) -> None:
         """Nothing is needed."""
 
-    def check(self, program: Program, settings: BuildSettings) -> None:
+    def check(
+        self, program: Program, segments: Mapping[str, GraphModule], settings: BuildSettings
+    ) -> None:
         """Anything that was captured can be interpreted."""
 
     def build(
-        self, segments: Mapping[str, GraphModule], directory: Path, settings: BuildSettings
+        self,
+        program: Program,
+        segments: Mapping[str, GraphModule],
+        directory: Path,
+        settings: BuildSettings,
     ) -> dict[str, Any]:
         """Nothing to compile: the artifact's own graphs are what runs."""
         return {}

@@ -19,7 +19,7 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.fx import GraphModule
 
 from inlay.backends.artifact import Artifact, WeightReader
-from inlay.backends.base import BuildSettings, ModelLimits
+from inlay.backends.base import Backend, BuildSettings, ModelLimits
 from inlay.backends.cache import cache_dir, content_key, fetch
 from inlay.backends.graph_json import graph_from_json, graph_to_json
 from inlay.backends.inductor.compile import Packing, inductor_config, packed_weights
@@ -92,7 +92,7 @@ class CpuAttention:
         return torch.ops.inlay_cpu.paged_attention_converted(q, k, v, *cache, *batch, *options)
 
 
-class InductorBackend:
+class InductorBackend(Backend):
     name = "inductor"
 
     def __init__(self) -> None:
@@ -104,14 +104,20 @@ class InductorBackend:
         self._ops = threads.submit(build_ops)
         threads.shutdown(wait=False)
 
-    def check(self, program: Program, settings: BuildSettings) -> None:
+    def check(
+        self, program: Program, segments: Mapping[str, GraphModule], settings: BuildSettings
+    ) -> None:
         load_ops(self._built_ops())
 
     def _built_ops(self) -> Path:
         return build_ops() if self._ops is None else self._ops.result()
 
     def build(
-        self, segments: Mapping[str, GraphModule], directory: Path, settings: BuildSettings
+        self,
+        program: Program,
+        segments: Mapping[str, GraphModule],
+        directory: Path,
+        settings: BuildSettings,
     ) -> dict[str, Any]:
         """Compile what the cache does not hold, one worker for each core."""
         ops = self._built_ops()

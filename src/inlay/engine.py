@@ -15,11 +15,13 @@ from inlay.backends.artifact import MANIFEST, Artifact
 from inlay.backends.atomic import temporary_directory, writing
 from inlay.backends.base import LoadedModel
 from inlay.backends.cache import cache_dir
+from inlay.backends.prune import prune
 from inlay.backends.select import get_backend
 from inlay.errors import ArtifactError, BuildError, OptionError
 from inlay.lowering.loading import load_tokenizer
 from inlay.lowering.options import CompileOptions
 from inlay.lowering.pipeline import lower
+from inlay.lowering.refit import refit
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +59,10 @@ class Engine:
         return Engine(Artifact(path, check_weights), backend)
 
     def load_model(self) -> LoadedModel:
-        """Load code and weights; raises ArtifactError where they do not fit this machine."""
+        """Load code and weights; raises ArtifactError where they do not fit this machine, or were
+        pruned."""
         self._check_present()
+        self.artifact.check_complete()
         return get_backend(self.backend).load(self.artifact)
 
     def tokenizer(self) -> Any:
@@ -134,6 +138,53 @@ class Engine:
                     place.parent.mkdir(parents=True, exist_ok=True)
                     _link_or_copy(file, place)
         return Engine(Artifact(target), self.backend)
+
+    def prune(self, path: str | os.PathLike[str]) -> Engine:
+        """Save without weights; returns the engine there, which `refit` gives weights again.
+
+        Code, graphs, recipe and tokenizer stay, and each weight's shape, dtype and sha256.
+
+        Raises:
+            ArtifactError: it is pruned already, or its weights are damaged.
+            BuildError: the directory holds something else, or cannot be written.
+        """
+        self._check_present()
+        return Engine(Artifact(prune(self.artifact, Path(path))), self.backend)
+
+    def refit(
+        self,
+        weights: Any,
+        path: str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        trust_remote_code: bool = False,
+        verify: str | None = None,
+        progress: Callable[[str], None] = logger.info,
+    ) -> Engine:
+        """Save the same code with the weights of another checkpoint; returns the engine there.
+
+        weights: a model in memory, a directory, a hub id or "demo": the same architecture, with a
+            config that computes the same. They are what a build of that checkpoint would have
+            written: concatenated and quantized by the recipes, calibrated anew on the token ids
+            that the artifact has. Nothing is traced or compiled. tokenizer: where not the
+            checkpoint's own, or else this engine's. verify: "engine" compares the result with
+            Hugging Face as a build does, "capture" the graph alone; None for what the build did.
+
+        Raises:
+            ModelLoadError: the checkpoint cannot be read, or is of another model: says in what.
+            ArtifactError, BuildError, VerificationError: nothing is left behind.
+        """
+        self._check_present()
+        made = refit(
+            self.artifact,
+            weights,
+            Path(path),
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
+            verify=verify,
+            progress=progress,
+        )
+        return Engine(Artifact(made), self.backend)
 
     def __repr__(self) -> str:
         architecture = self.manifest["architecture"]

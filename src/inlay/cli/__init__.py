@@ -14,11 +14,13 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "compile, save, load and run the shipped model, and check its tokens",
     "build": "compile a model into an artifact",
+    "prune": "take the weights out of an artifact: code, graphs and manifest stay",
+    "refit": "give an artifact the weights of another checkpoint of the same model",
     "run": "generate text from an artifact or a model",
     "verify": "compare a compiled model with Hugging Face, and find where they part",
     "bench": "measure throughput, latency, kernels and start-up, or compare with other engines",
     "eval": "judge a compiled model's accuracy against its checkpoint on a text, or on tasks",
-    "inspect": "show how a model was lowered and what it costs to run",
+    "inspect": "show how a model was lowered and what it costs to run, or what an artifact holds",
     "cache": "list or remove what is kept between builds",
 }
 

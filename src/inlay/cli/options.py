@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
+
+from inlay.errors import OptionError
 
 Flags = argparse.ArgumentParser | argparse._ArgumentGroup
 
@@ -35,6 +40,36 @@ def dataclass_from_arguments(arguments: argparse.Namespace, cls: type, **fixed: 
     """The dataclass again, validated by its own rules; fixed fields are not asked of the flags."""
     given = {f.name: getattr(arguments, f.name) for f in fields(cls) if hasattr(arguments, f.name)}
     return cls(**{**given, **fixed})
+
+
+def read_config(file: str, allowed: Sequence[str], texts: Collection[str]) -> dict[str, Any]:
+    """A YAML file's entries; their values are checked by who takes them, but those in texts.
+
+    Raises OptionError for a file that cannot be read, a name that is not allowed or comes twice,
+    and one of texts that is no text.
+    """
+    import yaml
+
+    try:
+        content = Path(file).read_text(encoding="utf-8")
+        tree = yaml.compose(content, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(content)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OptionError(f"config {file} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise OptionError(f"config {file} must be a mapping of names to values, got {data!r}")
+    names = Counter(key.value for key, _ in tree.value)
+    for name, count in names.items():
+        if name not in allowed:
+            raise OptionError(
+                f"config {file}: unknown {name!r}; names are {', '.join(allowed)}"
+            )
+        if count > 1:
+            raise OptionError(f"config {file}: {name} is there {count} times; keep one")
+    for name in texts:
+        if name in data and not isinstance(data[name], str):
+            raise OptionError(f"config {file}: {name} must be a text, got {data[name]!r}")
+    return data
 
 
 def field_help(cls: type) -> dict[str, str]:
