@@ -1,9 +1,9 @@
 """Quantized layers in ONNX.
 
-For ONNX Runtime products are computed as our references have them: int8 sums in int32, exact; where
-weights alone are narrow, 4-bit ones in MatMulNBits, which keeps them narrow in memory and computes
-in float32 (its other mode rounds activations, with an error of 5e-3). For TensorRT both are Q/DQ around a plain product: weights in the type that they
-are stored in, activations by static, symmetric scales.
+For ONNX Runtime products are computed as our references have them: int8 sums in int32, exact; 4-bit
+weights by MatMulNBits, which keeps them narrow in memory and computes in float32 (its other mode
+rounds activations: an error of 5e-3). For TensorRT both are Q/DQ around a plain product: weights in
+the type that they are stored in, activations by static, symmetric scales.
 """
 
 from __future__ import annotations
