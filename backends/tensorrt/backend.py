@@ -26,7 +26,7 @@ from inlay.backends.tensorrt.fallback import compiled
 from inlay.backends.tensorrt.here import check_here, check_target
 from inlay.backends.tensorrt.library import find
 from inlay.backends.tensorrt.self_check import check_engines
-from inlay.errors import ArtifactError, OptionError, UnsupportedModelError
+from inlay.errors import OptionError, UnsupportedModelError
 
 CACHE = "tensorrt"
 """The folder of the user's cache where kernels and verdicts of this machine's devices lie."""
@@ -54,9 +54,9 @@ class TensorRTBackend(Backend):
         if refused and settings.fallback != "inductor":
             reasons = [reason for found in refused.values() for reason in found]
             raise UnsupportedModelError(
-                f"TensorRT cannot take {len(reasons)} nodes of this model, in {len(refused)} of its "
-                f"{len(segments)} segments: {'; '.join(reasons)}. fallback='inductor' lets Inductor "
-                "run these segments; backend='inductor' runs all of them"
+                f"TensorRT cannot take {len(reasons)} nodes of this model, in {len(refused)} of "
+                f"its {len(segments)} segments: {'; '.join(reasons)}. fallback='inductor' lets "
+                "Inductor run these segments; backend='inductor' runs all of them"
             )
 
     def _refused(self) -> dict[str, list[str]]:
@@ -201,7 +201,7 @@ def warm_up(artifact: Artifact, calls: Mapping[int, EngineCall], device: torch.d
 def refuse_batch_invariance() -> None:
     """Kernels are chosen by size, and sum in orders of their own."""
     raise OptionError(
-        "batch_invariant=True is not possible with backend 'tensorrt', whose kernels sum in another "
-        "order for another number of tokens; build the engine with backend='inductor', or leave it "
-        "out"
+        "batch_invariant=True is not possible with backend 'tensorrt', whose kernels sum in "
+        "another order for another number of tokens; build the engine with backend='inductor', or "
+        "leave it out"
     )

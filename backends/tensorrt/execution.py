@@ -84,7 +84,7 @@ class Session:
         )
         if self.library.is_rtx:
             # Decode steps are captured: the kernels must be the final ones by then. Prefill has as
-            # many sizes as there are prompts: a kernel for any size runs until a better one is made.
+            # many sizes as prompts: a kernel for any size runs until a better one is made.
             strategies = module.DynamicShapesKernelSpecializationStrategy
             config.dynamic_shapes_kernel_specialization_strategy = (
                 strategies.EAGER if profile == DECODE else strategies.LAZY

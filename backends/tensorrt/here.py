@@ -65,7 +65,7 @@ def check_here(artifact: Artifact) -> Library:
         )
     if not is_for(target, capability()):
         raise ArtifactError(
-            f"artifact {artifact.path} was built for {TARGETS[target]}, this GPU is {capability()}: "
-            f"{rebuild}"
+            f"artifact {artifact.path} was built for {TARGETS[target]}, this GPU is "
+            f"{capability()}: {rebuild}"
         )
     return library

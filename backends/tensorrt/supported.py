@@ -60,7 +60,7 @@ def _types(node: Node) -> list[Any]:
 def _dynamic(format_: str) -> Callable[[dict[str, Any]], str]:
     reason = (
         "TensorRT has no activation scales that are found at run time, token by token; build with "
-        f"quantization='{format_},{STATIC}'"
+        f"quantization='{format_},{STATIC}', with lm_head=w8a16 or none where it is an LM head"
     )
     return lambda arguments: reason
 
