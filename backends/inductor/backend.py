@@ -31,6 +31,7 @@ from inlay.backends.kernels.kv_layout import key_width
 from inlay.backends.kv_caches import LayerCache
 from inlay.backends.model import ProgramModel
 from inlay.backends.program import AttentionStep, Program
+from inlay.backends.segment_arguments import example_arguments
 from inlay.errors import ArtifactError
 from inlay.passes.kv_formats import make_scales
 from inlay.passes.ops import REFERENCES
@@ -229,7 +230,7 @@ def _toolchain(optimization_level: int) -> dict[str, Any]:
     """All that the code of a graph depends on: our sources, torch with its settings, the compiler
     and the CPU it compiles for."""
     sources = {inspect.getsourcefile(reference) for reference in REFERENCES.values()}
-    sources.add(inspect.getsourcefile(packed_weights))
+    sources |= {inspect.getsourcefile(packed_weights), inspect.getsourcefile(example_arguments)}
     digest = hashlib.sha256()
     for source in sorted(filter(None, sources)):
         digest.update(Path(source).read_bytes())

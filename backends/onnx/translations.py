@@ -1,0 +1,158 @@
+"""Our ops in ONNX: what torch.onnx is told of them.
+
+An op that is not here is exported as its reference in `passes/ops.py`. Those that are here have a
+standard ONNX op of the same meaning, or none that export could trace through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inlay.backends.onnx.experts import NAMES, experts_function
+
+ops = torch.ops.inlay
+DOMAIN = "inlay"
+
+
+class Translations:
+    """For one segment: `table` for torch.onnx, and the ONNX functions that its calls need.
+
+    composed: ops that are exported as a few others, of which some are in the table.
+    """
+
+    def __init__(self, target: str) -> None:
+        import onnxscript
+
+        self.target = target
+        self.functions: list[Any] = []
+        self._onnx: Any = onnxscript.opset23
+        self._own: Any = onnxscript.values.Opset(DOMAIN, 1)
+        methods: dict[Any, Callable[..., Any]] = {
+            ops.linear.default: self.linear,
+            ops.rms_norm.default: self.rms_norm,
+            ops.rope.default: self.rope,
+            ops.experts.default: self.experts,
+        }
+        # torch.onnx notes things on what it calls, which a method does not let it.
+        self.table: dict[Any, Callable[..., Any]] = {op: partial(f) for op, f in methods.items()}
+        self.composed: dict[Any, Callable[..., Any]] = {
+            ops.add_rms_norm.default: add_rms_norm,
+        }
+
+    def linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
+        """Gemm takes the weight as it lies, so that no runtime keeps a transposed copy of it."""
+        op, (features, inputs) = self._onnx, (int(size) for size in weight.shape)
+        if len(x.shape) == 2:
+            return op.Gemm(x, weight, bias, transB=1)
+        rows = op.Reshape(x, op.Constant(value_ints=[-1, inputs]))
+        y = op.Gemm(rows, weight, bias, transB=1)
+        if len(x.shape) == 3 and x.shape[0] == 1:
+            return op.Reshape(y, op.Constant(value_ints=[1, -1, features]))
+        sizes = op.Shape(x, start=0, end=-1), op.Constant(value_ints=[features])
+        return op.Reshape(y, op.Concat(*sizes, axis=0))
+
+    def rms_norm(
+        self,
+        x: Any,
+        weight: Any,
+        eps: float,
+        weight_offset: float = 0.0,
+        scale_in_float: bool = False,
+    ) -> Any:
+        """RMSNormalization computes in float32 and casts to its scale's dtype before it scales."""
+        op, narrow = self._onnx, x.dtype
+        if weight is None:
+            weight = op.CastLike(op.Constant(value_floats=[1.0] * x.shape[-1]), x)
+        elif scale_in_float:
+            x, weight = op.Cast(x, to=1), op.Cast(weight, to=1)
+        if weight_offset:
+            weight = op.Add(weight, op.CastLike(op.Constant(value_float=weight_offset), weight))
+        y = op.RMSNormalization(x, weight, axis=-1, epsilon=eps, stash_type=1)
+        return op.Cast(y, to=narrow) if scale_in_float else y
+
+    def rope(self, x: Any, cos: Any, sin: Any, interleaved: bool = False) -> Any:
+        op = self._onnx
+        if x.dtype == cos.dtype and _is_one_row(x.shape) and _is_one_row(cos.shape, heads=1):
+            axis = op.Constant(value_ints=[1])
+            caches = op.Squeeze(cos, axis), op.Squeeze(sin, axis)
+            return op.RotaryEmbedding(x, *caches, interleaved=int(interleaved))
+        size = int(x.shape[-1])
+        if interleaved:
+            first, second = self._every_second(x, 0), self._every_second(x, 1)
+        else:
+            first, second = op.Split(x, axis=-1, num_outputs=2)
+        if x.dtype != cos.dtype:
+            first, second, cos, sin = self._promoted(first, second, cos, sin)
+        turned = (
+            op.Sub(op.Mul(first, cos), op.Mul(second, sin)),
+            op.Add(op.Mul(second, cos), op.Mul(first, sin)),
+        )
+        if not interleaved:
+            return op.Concat(*turned, axis=-1)
+        last = op.Constant(value_ints=[-1])
+        pairs = op.Concat(*(op.Unsqueeze(one, last) for one in turned), axis=-1)
+        shape = op.Concat(op.Shape(x, start=0, end=-1), op.Constant(value_ints=[size]), axis=0)
+        return op.Reshape(pairs, shape)
+
+    def _every_second(self, x: Any, begin: int) -> Any:
+        op = self._onnx
+        numbers = [op.Constant(value_ints=[n]) for n in (begin, int(x.shape[-1]), -1, 2)]
+        return op.Slice(x, *numbers)
+
+    def _promoted(self, *values: Any) -> tuple[Any, ...]:
+        """float32, where one of two float dtypes is wider: halves and bfloat16 promote to it."""
+        return tuple(self._onnx.Cast(value, to=1) for value in values)
+
+    def experts(
+        self, x: Any, index: Any, weights: Any, up: Any, down: Any, *rest: Any, **options: Any
+    ) -> Any:
+        names = [argument.name for argument in ops.experts.default._schema.arguments]
+        defaults = {a.name: a.default_value for a in ops.experts.default._schema.arguments}
+        given = {**defaults, **dict(zip(names[5:], rest, strict=False)), **options}
+        optional = {n: given.pop(n) for n in ("up_bias", "down_bias", "norm_weight")}
+        present = {name: value for name, value in optional.items() if value is not None}
+        given = {name: value for name, value in given.items() if name in names[8:]}
+        name = f"Experts{len(self.functions)}"
+        sizes = int(up.shape[0]), int(x.shape[-1])
+        function = experts_function(name, self.target, sizes, int(x.dtype), list(present), given)
+        return self._call(function, x, index, weights, up, down, *present.values())
+
+    def _call(self, function: Any, *args: Any) -> Any:
+        """Call a function of ours, which joins the model's."""
+        from onnx.defs import OpSchema
+        from onnxscript.values import Op
+
+        self.functions.append(function)
+        types = {name: f"T{index}" for index, name in enumerate((*function.input, "result"))}
+        any_type = [f"tensor({name})" for name in (*NAMES.values(), "int64", "int8", "uint8")]
+        schema = OpSchema(
+            function.name,
+            DOMAIN,
+            1,
+            inputs=[OpSchema.FormalParameter(name, types[name]) for name in function.input],
+            outputs=[OpSchema.FormalParameter("y", types["result"])],
+            type_constraints=[(one, any_type, "") for one in types.values()],
+        )
+        return Op(self._own, function.name, schema)(*args)
+
+
+def _is_one_row(shape: Any, heads: int | None = None) -> bool:
+    """[1, heads, T, D]: the layout of RotaryEmbedding, with one batch."""
+    return len(shape) == 4 and shape[0] == 1 and (heads is None or shape[1] == heads)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float = 0.0,
+    scale_in_float: bool = False,
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return ops.rms_norm(total, weight, eps, weight_offset, scale_in_float), total
