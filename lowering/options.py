@@ -25,8 +25,9 @@ DEFAULT_MAX_SEQ_LEN = 4096
 class CompileOptions:
     """Options of `compile_model` and `inlay build`.
 
-    backend: what runs the segments: "inductor" (compiled), "tensorrt" (engines for GPUs) or "eager"
-        (the reference).
+    backend: what runs the segments: "inductor" (compiled), "onnxruntime" (its kernels for CPUs, or
+        for CUDA where onnxruntime-gpu is installed), "tensorrt" (engines for GPUs) or "eager" (the
+        reference).
     dtype: "float32", "bfloat16" or "float16", of weights, activations and KV cache; "auto" takes
         the checkpoint's.
     max_seq_len: tokens of one request, prompt and output together; None takes the model's.
