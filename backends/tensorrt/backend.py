@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from inlay.backends.artifact import SELF, Artifact, WeightReader
+from inlay.backends.artifact import SELF, Artifact
 from inlay.backends.base import Backend, BuildSettings, Checkable, ModelLimits
 from inlay.backends.cache import cache_dir
-from inlay.backends.eager.backend import EagerBackend
-from inlay.backends.gathered_attention import GatheredAttention
 from inlay.backends.graph_json import graph_from_json
-from inlay.backends.model import ProgramModel, SegmentCall
+from inlay.backends.model import ProgramModel
 from inlay.backends.program import Program, SegmentStep
 from inlay.backends.step import ladder_up_to
 from inlay.backends.tensorrt.engines import MODEL, Look, build_plans, look, plan_name
@@ -26,7 +23,9 @@ from inlay.backends.tensorrt.fallback import compiled
 from inlay.backends.tensorrt.here import check_here, check_target
 from inlay.backends.tensorrt.library import find
 from inlay.backends.tensorrt.self_check import check_engines
-from inlay.errors import OptionError, UnsupportedModelError
+from inlay.backends.tensorrt.stand_in import stand_in
+from inlay.backends.tensorrt.steps import model_of_steps, segment_steps
+from inlay.errors import UnsupportedModelError
 
 CACHE = "tensorrt"
 """The folder of the user's cache where kernels and verdicts of this machine's devices lie."""
@@ -47,7 +46,7 @@ class TensorRTBackend(Backend):
         """Every segment is converted and parsed: what TensorRT refuses is said before a build."""
         library = find(settings.library)
         check_target(library, settings.target)
-        self._looked = {key: look(gm, library, settings) for key, gm in segments.items()}
+        self._looked = {key: look(key, gm, library, settings) for key, gm in segments.items()}
         refused = self._refused()
         for key, reasons in refused.items():
             settings.progress(f"segment {key} runs on Inductor: {'; '.join(reasons)}")
@@ -113,22 +112,16 @@ class TensorRTBackend(Backend):
         return model
 
     def load_to_check(self, artifact: Artifact) -> Checkable:
-        """Without a GPU the engine's graphs run, and the manifest says that the engine has not."""
         if torch.cuda.is_available():
             return Checkable(self.load(artifact), "the tensorrt engine")
-        return Checkable(
-            EagerBackend().load(artifact),
-            "the engines' graphs, run by the eager reference: the engines themselves have not run, "
-            "there was no GPU",
-            is_engine=False,
-        )
+        return stand_in(artifact)
 
 
 def engine_calls(artifact: Artifact, session: Session) -> dict[int, EngineCall]:
     """The engines of a program's steps, by index, ready to be called."""
     calls = {}
-    for index, step in enumerate(artifact.program.steps):
-        if isinstance(step, SegmentStep) and step.segment not in _on_inductor(artifact):
+    for index, step in segment_steps(artifact.program):
+        if step.segment not in _on_inductor(artifact):
             plan = artifact.segment_file(step.segment, plan_name(index))
             calls[index] = session.load(plan, _input_names(artifact, step))
     session.share_scratch()
@@ -148,42 +141,21 @@ def _input_names(artifact: Artifact, step: SegmentStep) -> list[str]:
 def program_model(
     artifact: Artifact, calls: Mapping[int, EngineCall], device: torch.device
 ) -> ProgramModel:
-    """The program with a segment of its own for each engine; those that Inductor runs keep their
-    weights, on the device."""
-    program, reader = artifact.program, WeightReader(artifact)
-    steps, weights = list(program.steps), []
-    segments: dict[str, SegmentCall] = {
+    """The program over its engines, and what Inductor runs."""
+    shared = {
         key: compiled(graph_from_json(artifact.json(f"segments/{key}/graph.json")))
         for key in _on_inductor(artifact)
     }
-    for index, step in enumerate(program.steps):
-        if not isinstance(step, SegmentStep):
-            continue
-        if index in calls:
-            key = f"{step.segment}/{index}"
-            segments[key] = calls[index]
-            steps[index] = replace(step, segment=key, weights=())
-        weights.append([reader.get(name).to(device) for name in steps[index].weights])  # type: ignore[union-attr]
-    return ProgramModel(
-        replace(program, steps=tuple(steps)),
-        ModelLimits(**artifact.manifest["limits"]),
-        segments,
-        weights,
-        {name: reader.get(name).to(device) for name in program.attention_weight_names},
-        GatheredAttention(device),
-        device,
-        refuse_batch_invariance,
-    )
+    return model_of_steps(artifact, calls, shared, device)
 
 
 def warm_up(artifact: Artifact, calls: Mapping[int, EngineCall], device: torch.device) -> None:
     """Run every engine with each size of a decode step, so that kernels are compiled before any
     step is captured, and can be kept."""
     limits = ModelLimits(**artifact.manifest["limits"])
+    steps = dict(segment_steps(artifact.program))
     for index, call in calls.items():
-        step = artifact.program.steps[index]
-        assert isinstance(step, SegmentStep)
-        graph = graph_from_json(artifact.json(f"segments/{step.segment}/graph.json"))
+        graph = graph_from_json(artifact.json(f"segments/{steps[index].segment}/graph.json"))
         specs = [n.meta["spec"] for n in graph.graph.nodes if n.meta.get("kind") == "input"]
         for size in ladder_up_to(limits.max_num_seqs):
             call(
@@ -196,12 +168,3 @@ def warm_up(artifact: Artifact, calls: Mapping[int, EngineCall], device: torch.d
                     for shape, dtype in specs
                 ]
             )
-
-
-def refuse_batch_invariance() -> None:
-    """Kernels are chosen by size, and sum in orders of their own."""
-    raise OptionError(
-        "batch_invariant=True is not possible with backend 'tensorrt', whose kernels sum in "
-        "another order for another number of tokens; build the engine with backend='inductor', or "
-        "leave it out"
-    )

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from inlay.backends.artifact import write_json
 from inlay.backends.base import BuildSettings, ModelLimits
-from inlay.backends.onnx.convert import segment_to_onnx
+from inlay.backends.onnx.cached import convert_segments
 from inlay.backends.program import Program, SegmentStep
 from inlay.backends.step import SMALLEST
 from inlay.backends.tensorrt.library import Library
@@ -47,28 +47,31 @@ class Look:
     refusals: tuple[str, ...]
 
 
-def look(gm: GraphModule, library: Library, settings: BuildSettings) -> Look:
+def look(key: str, gm: GraphModule, library: Library, settings: BuildSettings) -> Look:
     """Ask our own rules, the converter, then the library's parser."""
     found = refusals(gm, settings.target)
     if found:
         return Look(b"", tuple(found))
     try:
-        model = segment_to_onnx(gm, "tensorrt")
+        models, _ = convert_segments({key: gm}, "tensorrt", settings.origin)
     except UnsupportedModelError as error:
         return Look(b"", (str(error),))
-    return Look(model.SerializeToString(), tuple(parser_refusals(library, model)))
+    return Look(models[key], tuple(parser_refusals(library, models[key])))
 
 
-def parser_refusals(library: Library, model: onnx.ModelProto) -> list[str]:
+def parser_refusals(library: Library, data: bytes) -> list[str]:
     """What the library's parser says against a model, with the node it was made of and its source
     line. The weights' numbers do not matter to it."""
+    import onnx
+
+    model = onnx.load_from_string(data)
     sizes = {t.name: num_bytes(t) for t in model.graph.initializer if t.external_data}
     # Each has its own: the library knows weights by their address.
     weights = {name: np.full(size, POSITIVE, dtype=np.uint8) for name, size in sizes.items()}
     log = Log()
     logger = make_logger(library, log)
     builder = library.module.Builder(logger)
-    _, _, found = parse(library, logger, builder, model.SerializeToString(), weights)
+    _, _, found = parse(library, logger, builder, data, weights)
     told = {node.name: node.doc_string for node in model.graph.node}
     return [
         f"{one['node'].split('.')[0]} ({told.get(one['node']) or one['operator']}): {one['why']}"
