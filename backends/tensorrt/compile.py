@@ -21,7 +21,10 @@ def compile_job(library: Library, job: dict[str, Any]) -> dict[str, Any]:
     plan = build_plan(
         library,
         Path(job["model"]).read_bytes(),
-        {name: weights.bytes_at(*place) for name, place in job["weights"].items()},
+        {
+            name: weights.bytes_at(*place, name in job["int4"])
+            for name, place in job["weights"].items()
+        },
         job["profiles"],
         job["target"],
     )

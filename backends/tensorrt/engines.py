@@ -147,10 +147,10 @@ def _job(index: int, step: SegmentStep, directory: Path, settings: BuildSettings
     model = onnx.load(folder / MODEL, load_external_data=False)
     places = json.loads((weights / "index.json").read_text())
     by_name: dict[str, tuple[str, int, int]] = {}
-    for tensor in model.graph.initializer:
-        if tensor.external_data:
-            place = places[step.weights[int(tensor.name[1:])]]
-            by_name[tensor.name] = place_of(weights / place["file"], place["tensor"])
+    external = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    for tensor in external:
+        place = places[step.weights[int(tensor.name[1:])]]
+        by_name[tensor.name] = place_of(weights / place["file"], place["tensor"])
     return Job(
         name=f"step {index} ({step.segment})",
         model=str(folder / MODEL),
@@ -158,4 +158,5 @@ def _job(index: int, step: SegmentStep, directory: Path, settings: BuildSettings
         profiles=profiles(model, settings.limits),
         target=settings.target,
         plan=str(folder / plan_name(index)),
+        int4=[tensor.name for tensor in external if tensor.data_type == onnx.TensorProto.INT4],
     )

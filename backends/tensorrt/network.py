@@ -62,10 +62,12 @@ class Weights:
     def __init__(self) -> None:
         self._maps: dict[str, np.ndarray] = {}
 
-    def bytes_at(self, file: str, begin: int, end: int) -> np.ndarray:
+    def bytes_at(self, file: str, begin: int, end: int, is_int4: bool = False) -> np.ndarray:
+        """is_int4: of numbers that are stored as 0..15, where 8 stands for 0; INT4 is signed."""
         if file not in self._maps:
             self._maps[file] = np.memmap(file, dtype=np.uint8, mode="r")
-        return self._maps[file][begin:end]
+        found = self._maps[file][begin:end]
+        return found ^ np.uint8(0x88) if is_int4 else found
 
 
 def parse(

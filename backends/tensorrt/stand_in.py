@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from inlay.backends.artifact import Artifact, WeightReader
@@ -11,6 +9,7 @@ from inlay.backends.base import Checkable
 from inlay.backends.eager.backend import EagerBackend
 from inlay.backends.graph_json import graph_from_json
 from inlay.backends.model import ProgramModel, SegmentCall
+from inlay.backends.program import SegmentStep
 from inlay.backends.tensorrt.engines import MODEL
 from inlay.backends.tensorrt.library import is_installed
 from inlay.backends.tensorrt.steps import model_of_steps, segment_steps
@@ -39,24 +38,28 @@ def _why_not(artifact: Artifact) -> str:
 
 
 def _by_onnx_runtime(artifact: Artifact) -> ProgramModel:
+    device = torch.device("cpu")
+    calls = {index: _session(artifact, step, device) for index, step in segment_steps(artifact.program)}
+    return model_of_steps(artifact, calls, {}, device)
+
+
+def _session(artifact: Artifact, step: SegmentStep, device: torch.device) -> SegmentCall:
+    import onnx
+
+    from inlay.backends.onnx.convert import fill_weights
     from inlay.backends.onnxruntime.sessions import CPU, SegmentSession
 
-    reader, device = WeightReader(artifact), torch.device("cpu")
-    calls: Mapping[int, SegmentCall] = {
-        index: SegmentSession(
-            artifact.segment_file(step.segment, MODEL).read_bytes(),
-            {
-                name: reader.get(weight)
-                for name, weight in zip(
-                    _weight_names(artifact, step.segment), step.weights, strict=True
-                )
-            },
-            CPU,
-            device,
-        )
-        for index, step in segment_steps(artifact.program)
-    }
-    return model_of_steps(artifact, calls, {}, device)
+    reader = WeightReader(artifact)
+    names = zip(_weight_names(artifact, step.segment), step.weights, strict=True)
+    tensors = {name: reader.get(weight) for name, weight in names}
+    data = artifact.segment_file(step.segment, MODEL).read_bytes()
+    model = onnx.load_from_string(data)
+    if any(tensor.data_type == onnx.TensorProto.INT4 for tensor in model.graph.initializer):
+        # torch has no such tensors to give.
+        fill_weights(model, tensors.__getitem__)
+        data, tensors = model.SerializeToString(), {}
+    # Q/DQ as they are: what ONNX Runtime would make of them rounds elsewhere, or fails.
+    return SegmentSession(data, tensors, CPU, device, {"session.disable_quant_qdq": "1"})
 
 
 def _weight_names(artifact: Artifact, key: str) -> list[str]:

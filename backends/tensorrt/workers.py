@@ -28,7 +28,8 @@ SMALL = 64 << 20
 @dataclass(frozen=True)
 class Job:
     """An engine to build. name: for people. model: the ONNX file. weights: initializer -> (file,
-    first byte, end). profiles: see network.Profile. plan: where it goes."""
+    first byte, end); int4: those that are 4-bit numbers. profiles: see network.Profile. plan:
+    where it goes."""
 
     name: str
     model: str
@@ -36,6 +37,7 @@ class Job:
     profiles: Sequence[Any]
     target: str
     plan: str
+    int4: Sequence[str] = ()
 
     @property
     def weight_bytes(self) -> int:
