@@ -6,7 +6,7 @@ What comes out, whichever backend asks:
   then inputs `i5`, `i6` ...; outputs are `o0`, `o1` ....
 - Weights are initializers with external data that no file holds: whoever runs the model gives each
   one by name. ONNX Runtime takes them by `add_external_initializers`, TensorRT's parser wants them
-  written in: `fill_weights` does so.
+  written in: `fill_weights` does so, and makes INT4 of what we store as 0..15.
 - Dynamic sizes keep the letters of the segment's graph ("T", "R", ...).
 - A node's name begins with that of the segment's node it was made of, and its doc_string says
   which op that was and the line of the model's source that made it.
@@ -31,6 +31,7 @@ from torch.fx import GraphModule, Interpreter
 
 from inlay.backends.graph_json import graph_from_json, graph_to_json
 from inlay.backends.onnx.packages import require
+from inlay.backends.onnx.quantized import UNPACK
 from inlay.backends.segment_arguments import example_arguments
 from inlay.errors import UnsupportedModelError
 from inlay.passes.graph import last_source_line
@@ -70,6 +71,7 @@ def segment_to_onnx(gm: GraphModule, target: str) -> onnx.ModelProto:
     for function in translations.functions:
         model.opset_import.append(onnx.helper.make_opsetid(function.domain, 1))
     model = onnx.inliner.inline_local_functions(model)
+    _unpack_int4(model)
     _name_nodes(model)
     _name_sizes(model, gm)
     del model.graph.value_info[:]
@@ -187,6 +189,24 @@ def _chain(error: BaseException) -> list[BaseException]:
     return [error] + (_chain(error.__cause__) if error.__cause__ else [])
 
 
+def _unpack_int4(model: onnx.ModelProto) -> None:
+    """Let weights of two numbers in a byte be INT4 tensors."""
+    import onnx
+
+    inputs = {value.name: value for value in model.graph.input}
+    nodes = list(model.graph.node)
+    unpacked = {n.output[0]: n.input[0] for n in nodes if (n.domain, n.op_type) == UNPACK}
+    for name in unpacked.values():
+        kind = inputs[name].type.tensor_type
+        kind.elem_type = onnx.TensorProto.INT4
+        kind.shape.dim[-1].dim_value *= 2
+    del model.graph.node[:]
+    for node in nodes:
+        if node.output[0] not in unpacked:
+            node.input[:] = [unpacked.get(name, name) for name in node.input]
+            model.graph.node.append(node)
+
+
 def _name_nodes(model: onnx.ModelProto) -> None:
     """Names and doc_strings that lead back to the segment's graph, in place of torch.onnx's."""
     for index, node in enumerate(model.graph.node):
@@ -238,7 +258,9 @@ def fill_weights(model: onnx.ModelProto, weight: Callable[[str], torch.Tensor]) 
 
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            value = weight(tensor.name).contiguous().flatten()
-            tensor.raw_data = value.view(torch.uint8).numpy().tobytes()
+            data = weight(tensor.name).contiguous().flatten().view(torch.uint8)
+            if tensor.data_type == onnx.TensorProto.INT4:
+                data = data ^ 0x88  # ours are 0..15, 8 being nothing
+            tensor.raw_data = data.numpy().tobytes()
             del tensor.external_data[:]
             tensor.data_location = onnx.TensorProto.DEFAULT

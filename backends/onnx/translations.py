@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlay.backends.onnx.experts import NAMES, experts_function
+from inlay.backends.onnx.experts import experts_function
+from inlay.backends.onnx.quantized import Quantized
 
 ops = torch.ops.inlay
 DOMAIN = "inlay"
+TYPES = ("float", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "int4", "float8e4m3fn")
 
 
 class Translations:
@@ -31,13 +33,20 @@ class Translations:
         self.target = target
         self.functions: list[Any] = []
         self._onnx: Any = onnxscript.opset23
-        self._own: Any = onnxscript.values.Opset(DOMAIN, 1)
+        quantized = Quantized(target, self._onnx, self.call_op)
         methods: dict[Any, Callable[..., Any]] = {
             ops.linear.default: self.linear,
             ops.rms_norm.default: self.rms_norm,
             ops.rope.default: self.rope,
             ops.experts.default: self.experts,
+            ops.int8_linear.default: quantized.int8_linear,
+            ops.weight_only_linear.default: quantized.weight_only_linear,
         }
+        if target == "tensorrt":
+            methods |= {
+                ops.quantize_static.default: quantized.quantize_static,
+                ops.fp8_linear.default: quantized.fp8_linear,
+            }
         # torch.onnx notes things on what it calls, which a method does not let it.
         self.table: dict[Any, Callable[..., Any]] = {op: partial(f) for op, f in methods.items()}
         self.composed: dict[Any, Callable[..., Any]] = {
@@ -124,21 +133,26 @@ class Translations:
 
     def _call(self, function: Any, *args: Any) -> Any:
         """Call a function of ours, which joins the model's."""
-        from onnx.defs import OpSchema
-        from onnxscript.values import Op
-
         self.functions.append(function)
-        types = {name: f"T{index}" for index, name in enumerate((*function.input, "result"))}
-        any_type = [f"tensor({name})" for name in (*NAMES.values(), "int64", "int8", "uint8")]
+        return self.call_op(DOMAIN, function.name, *args)
+
+    def call_op(self, domain: str, name: str, *args: Any, **attributes: Any) -> Any:
+        """An op that onnxscript has no schema of; its inputs may have any type."""
+        from onnx.defs import OpSchema
+        from onnxscript.values import Op, Opset
+
+        anything = [f"tensor({one})" for one in TYPES]
+        types = [f"T{index}" for index in range(len(args) + 1)]
         schema = OpSchema(
-            function.name,
-            DOMAIN,
+            name,
+            domain,
             1,
-            inputs=[OpSchema.FormalParameter(name, types[name]) for name in function.input],
-            outputs=[OpSchema.FormalParameter("y", types["result"])],
-            type_constraints=[(one, any_type, "") for one in types.values()],
+            inputs=[OpSchema.FormalParameter(f"in_{one}", one) for one in types[1:]],
+            outputs=[OpSchema.FormalParameter("out", types[0])],
+            type_constraints=[(one, anything, "") for one in types],
+            attributes=[OpSchema.Attribute(key, OpSchema.AttrType.INT, "") for key in attributes],
         )
-        return Op(self._own, function.name, schema)(*args)
+        return Op(Opset(domain, 1), name, schema)(*args, **attributes)
 
 
 def _is_one_row(shape: Any, heads: int | None = None) -> bool:

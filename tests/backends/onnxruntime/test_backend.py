@@ -121,7 +121,7 @@ def test_an_op_that_onnx_lacks_is_refused_before_anything_is_built(
 
 def drop_a_bias(model: onnx.ModelProto) -> None:
     gemm = next(n for n in model.graph.node if n.op_type == "Gemm" and len(n.input) == 3)
-    gemm.attribute.append(onnx.helper.make_attribute("beta", 0.0))
+    next(a for a in gemm.attribute if a.name == "beta").f = 0.0
 
 
 def shift_an_epsilon(model: onnx.ModelProto) -> None:
@@ -142,7 +142,7 @@ def test_a_wrong_segment_is_refused_by_the_build(
 
     def spoiled(*args: Any) -> tuple[dict[str, bytes], int]:
         models, count = convert(*args)
-        key = list(models)[0]
+        key = next(iter(models))
         model = onnx.load_from_string(models[key])
         spoil(model)
         return {**models, key: model.SerializeToString()}, count
