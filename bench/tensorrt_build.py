@@ -20,7 +20,7 @@ import torch
 from inlay.backends.tensorrt.engines import REPORT
 from inlay.backends.tensorrt.library import TARGETS
 from inlay.bench.shapes import SHAPES, save_shape
-from inlay.bench.startup import cold_build
+from inlay.bench.startup import build
 
 
 def measure(shape: str, dtype: str, target: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def measure(shape: str, dtype: str, target: str) -> dict[str, Any]:
         checkpoint = save_shape(shape, Path(folder) / "checkpoint")
         (Path(folder) / "build").mkdir()
         options = {"backend": "tensorrt", "dtype": dtype, "target": target}
-        built = cold_build(checkpoint, Path(folder) / "build", options)
+        built = build(checkpoint, Path(folder) / "build", "engine", options)
         engine = Path(folder) / "build" / "engine"
         manifest = json.loads((engine / "inlay.json").read_text())
         report = json.loads((engine / "segments" / REPORT).read_text())

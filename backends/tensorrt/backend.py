@@ -104,7 +104,7 @@ class TensorRTBackend(Backend):
         kernels = folder / f"{place}-{library.version}.kernels"
         session = Session(library, device, kernels)
         calls = engine_calls(artifact, session)
-        verdict = folder / f"{place}-{library.version}-{artifact.manifest[SELF][:24]}.json"
+        verdict = folder / f"{place}-{library.version}-{artifact.manifest[SELF][:24]}.checked"
         check_engines(artifact, calls, device, verdict)
         model = program_model(artifact, calls, device)
         warm_up(artifact, calls, device)

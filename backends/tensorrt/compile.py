@@ -22,8 +22,8 @@ def compile_job(library: Library, job: dict[str, Any]) -> dict[str, Any]:
         library,
         Path(job["model"]).read_bytes(),
         {
-            name: weights.bytes_at(*place, name in job["int4"])
-            for name, place in job["weights"].items()
+            name: weights.bytes_at(file, begin, end, name in job["int4"])
+            for name, (file, begin, end) in job["weights"].items()
         },
         job["profiles"],
         job["target"],

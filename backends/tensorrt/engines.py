@@ -34,8 +34,8 @@ POSITIVE = 0x3C
 """A byte that, repeated, is a finite positive number of every type: scales must be positive."""
 
 
-def plan_name(index: int) -> str:
-    """Of the engine of a program's step, in its segment's directory."""
+def plan_name(index: int | str) -> str:
+    """Of the engine of a program's step, in its segment's directory; "*" for those of any."""
     return f"step-{index}.plan"
 
 

@@ -47,7 +47,7 @@ def check_engines(
     """
     if verdict.is_file():
         return
-    errors = {}
+    errors: dict[int, float] = {}
     for size in SIZES:
         for index, error in _errors(artifact, calls, device, size).items():
             errors[index] = max(errors.get(index, 0.0), error)
@@ -84,7 +84,8 @@ def _errors(
         "position_ids": step.position_ids[None],
         "logits_indices": step.logits_indices,
     }
-    attention, errors, caches = ReferenceAttention(), {}, {}
+    attention, caches = ReferenceAttention(), {}
+    errors: dict[int, float] = {}
     for index, one in enumerate(program.steps):
         if isinstance(one, SegmentStep):
             graph = graph_from_json(artifact.json(f"segments/{one.segment}/graph.json"))

@@ -39,7 +39,9 @@ def _why_not(artifact: Artifact) -> str:
 
 def _by_onnx_runtime(artifact: Artifact) -> ProgramModel:
     device = torch.device("cpu")
-    calls = {index: _session(artifact, step, device) for index, step in segment_steps(artifact.program)}
+    calls = {
+        index: _session(artifact, step, device) for index, step in segment_steps(artifact.program)
+    }
     return model_of_steps(artifact, calls, {}, device)
 
 

@@ -66,6 +66,8 @@ def artifact_data(engine: Engine) -> dict[str, Any]:
         "windows": sorted({step.window for step in program.attention_steps}),
         "weight_bytes": sum(size for name, size in sizes.items() if name.endswith(".safetensors")),
         "code_bytes": sum(size for name, size in sizes.items() if name.startswith("segments/")),
+        "plan_bytes": sum(size for name, size in sizes.items() if name.endswith(".plan")),
+        "checked": manifest.get("checked", ""),
         "rebuild": manifest["rebuild"],
         "evaluations": engine.evaluations,
     }
@@ -80,15 +82,21 @@ def artifact_text(facts: dict[str, Any]) -> str:
         f"  made by inlay {facts['inlay']} with " + pairs(facts["packages"]),
         "  target: " + (pairs(facts["target"]) or "runs anywhere"),
         "  limits: " + pairs(facts["limits"]),
-        f"  weights: {weights:.1f} MB, code {code:.1f} MB",
+        f"  weights: {weights:.1f} MB, code {code:.1f} MB{_plans(facts['plan_bytes'])}",
         f"  attention layers: {facts['attention_layers']}, windows {facts['windows']}",
         f"  segments: {uses}",
         "  error against Hugging Face: " + pairs(facts["errors"], "{:.1e}"),
+        *[f"  compared: {what}" for what in [facts["checked"]] if what],
         *[f"  evaluation: {summary(one)}" for one in facts["evaluations"]],
         *_pass_lines(PassFacts.of(one) for one in facts["passes"]),
         "  phases, s: " + pairs(facts["phases"]),
     ]
     return "\n".join(lines)
+
+
+def _plans(num_bytes: int) -> str:
+    """TensorRT's engines hold their weights, so that a layer has one of its own."""
+    return f", of which {num_bytes / 1e6:.1f} MB engines with weights in them" if num_bytes else ""
 
 
 def _pass_lines(passes: Iterable[PassFacts]) -> list[str]:
