@@ -213,8 +213,10 @@ def _name_nodes(model: onnx.ModelProto) -> None:
         told = {entry.key: entry.value for entry in node.metadata_props}
         del node.metadata_props[:]
         found = _NODE.search(told.get(_STACK, ""))
-        node.name = f"{found[1] if found else 'constant'}.{node.op_type}.{index}"
-        node.doc_string = f"{found[2]}{found[3]}" if found else ""
+        if found:
+            node.doc_string = f"{found[2]}{found[3]}"
+        origin = found[1] if found else node.doc_string or "constant"
+        node.name = f"{origin}.{node.op_type}.{index}"
 
 
 def _name_sizes(model: onnx.ModelProto, gm: GraphModule) -> None:

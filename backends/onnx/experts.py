@@ -1,4 +1,4 @@
-"""`inlay::experts` as a function in ONNX's own text form.
+"""`inlay::experts` and `inlay::quantized_experts` as functions in ONNX's own text form.
 
 For ONNX Runtime a loop over the experts that some token chose, each over its tokens alone, as the
 reference has it. TensorRT has no such loop: there every expert runs for every token, which costs
@@ -8,49 +8,65 @@ num_experts / top_k times the arithmetic, and what was not chosen is weighted wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from inlay.backends.onnx.quantized_product import prepared, quantized_product
+from inlay.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     import onnx
 
 FLOAT = 1
-NAMES = {1: "float", 10: "float16", 16: "bfloat16"}
-"""ONNX's numbers of element types."""
+"""ONNX's number of float32."""
 
 
-def experts_function(
-    name: str,
-    target: str,
-    sizes: tuple[int, int],
-    dtype: int,
-    present: Sequence[str],
-    options: Mapping[str, Any],
-) -> onnx.FunctionProto:
-    """A function (x, index, weights, up, down, *present) -> y of domain "inlay".
+@dataclass(frozen=True)
+class Mixture:
+    """One call of either op. The function is (x, index, weights, *matrices, *beside) -> y.
 
-    sizes: experts, and hidden columns. dtype: ONNX's number of x's. present: which of up_bias,
-    down_bias and norm_weight are given. options: the other arguments of `inlay::experts`.
+    matrices: shapes of up and down, and of their scales and zeros, as they come, by name. beside:
+    which of up_bias, down_bias and norm_weight are given. dtype: ONNX's number of x's. options:
+    the op's other arguments.
     """
+
+    matrices: Mapping[str, Sequence[int]]
+    beside: Sequence[str]
+    hidden: int
+    dtype: int
+    options: Mapping[str, Any]
+    narrow: int = 0  # ONNX's number of a quantized weight's type
+
+    @property
+    def num_experts(self) -> int:
+        return self.matrices["up"][0]
+
+
+def experts_function(name: str, target: str, mixture: Mixture) -> onnx.FunctionProto:
+    """A function of domain "inlay", of one output."""
     import onnx.parser
 
-    inputs = ", ".join(["x", "index", "weights", "up", "down", *present])
-    body = (_loop if target == "onnxruntime" else _dense)(sizes, dtype, present, options)
+    inputs = ", ".join(["x", "index", "weights", *mixture.matrices, *mixture.beside])
+    body = (_loop if target == "onnxruntime" else _dense)(mixture)
     text = f"""
 <domain: "inlay", opset_import: ["" : 23]>
 {name} ({inputs}) => (y)
 {{
 {body}
 }}"""
-    return onnx.parser.parse_function(text)
+    function = onnx.parser.parse_function(text)
+    for node in function.node:
+        node.doc_string = "inlay.experts"
+    return function
 
 
-def _loop(
-    sizes: tuple[int, int], dtype: int, present: Sequence[str], options: Mapping[str, Any]
-) -> str:
+def _loop(mixture: Mixture) -> str:
     """Rows of `before` and `after`: one for each token and slot."""
-    num_experts, hidden = sizes
-    expert = _expert(dtype, present, options, "Gather <axis = 0> ({}, expert)")
+    num_experts, hidden, dtype = mixture.num_experts, mixture.hidden, mixture.dtype
+    before = "\n    ".join(prepared(mixture))
+    expert = "\n        ".join(_expert(mixture, "Gather <axis = 0> ({}, expert)"))
     return f"""
+    {before}
     zero = Constant <value_int = 0> ()
     one = Constant <value_ints = [1]> ()
     number = Constant <value_int = {num_experts}> ()
@@ -97,13 +113,16 @@ def _loop(
 """
 
 
-def _dense(
-    sizes: tuple[int, int], dtype: int, present: Sequence[str], options: Mapping[str, Any]
-) -> str:
+def _dense(mixture: Mixture) -> str:
     """[experts, tokens, ...] throughout; `share` is what a token gives to each expert."""
-    num_experts, _ = sizes
-    expert = _expert(dtype, present, options, "Unsqueeze ({}, one)", "Identity ({})")
-    numbers = ", ".join(str(number) for number in range(num_experts))
+    if mixture.narrow:
+        raise UnsupportedModelError(
+            "TensorRT has no quantized experts; leave them as they are: --quantization "
+            "'...,ignore=*experts*'"
+        )
+    dtype = mixture.dtype
+    expert = "\n    ".join(_expert(mixture, "Unsqueeze ({}, one)", "Identity ({})"))
+    numbers = ", ".join(str(number) for number in range(mixture.num_experts))
     return f"""
     zero = Constant <value_ints = [0]> ()
     one = Constant <value_ints = [1]> ()
@@ -126,61 +145,62 @@ def _dense(
 """
 
 
-def _expert(
-    dtype: int,
-    present: Sequence[str],
-    options: Mapping[str, Any],
-    take: str,
-    take_matrix: str = "",
-) -> str:
+def _expert(mixture: Mixture, take: str, take_matrix: str = "") -> list[str]:
     """Lines from `rows` to `out`, in float32; take makes of a bias, take_matrix of a matrix, what
     belongs to the expert or experts at hand."""
-    matrix, wide = take_matrix or take, f"Cast <to = {FLOAT}>"
-    rank = 3 if take_matrix else 2
-    perm = ", ".join(map(str, [*range(rank - 2), rank - 1, rank - 2]))
-    lines = []
-    for name in ("up", "down"):
-        lines.append(f"{name}_stored = {matrix.format(name)}")
-        turned = "Identity" if options["transposed"] else f"Transpose <perm = [{perm}]>"
-        lines.append(f"{name}_matrix = {turned} ({name}_stored)")
-    for name in ("up_bias", "down_bias"):
-        if name in present:
-            lines += [
-                f"{name}_stored = {take.format(name)}",
-                f"{name}_wide = {wide} ({name}_stored)",
-            ]
-    lines += ["up_product = MatMul (rows, up_matrix)", f"up_sum = {wide} (up_product)"]
-    hidden = "up_sum"
-    if "up_bias" in present:
-        lines.append("up_biased = Add (up_sum, up_bias_wide)")
-        hidden = "up_biased"
-    lines += _activated(hidden, options)
-    lines += [
-        f"narrow = Cast <to = {dtype}> (active)",
-        "down_product = MatMul (narrow, down_matrix)",
-        f"down_sum = {wide} (down_product)",
-    ]
-    out = "down_sum"
-    if "down_bias" in present:
-        lines.append("down_biased = Add (down_sum, down_bias_wide)")
-        out = "down_biased"
-    if "norm_weight" in present:
-        lines += [
-            f"gain = {wide} (norm_weight)",
-            "one_float = Constant <value_float = 1.0> ()",
-            "whole_gain = Add (gain, one_float)",
-            f"gained = Mul ({out}, whole_gain)",
-            "squares = Mul (gained, gained)",
-            "last_axis = Constant <value_ints = [-1]> ()",
-            "mean = ReduceMean (squares, last_axis)",
-            f"eps = Constant <value_float = {options['norm_eps']!r}> ()",
-            "mean_eps = Add (mean, eps)",
-            "root = Sqrt (mean_eps)",
-            "normed = Div (gained, root)",
+    dtype, present, options = mixture.dtype, mixture.beside, mixture.options
+    wide = f"Cast <to = {FLOAT}>"
+
+    def product(rows: str, name: str) -> list[str]:
+        if mixture.narrow:
+            return quantized_product(mixture, rows, name, take)
+        return _product(mixture, rows, name, take_matrix or take, 3 if take_matrix else 2)
+
+    def biased(name: str) -> list[str]:
+        if f"{name}_bias" not in present:
+            return [f"{name}_biased = Identity ({name}_sum)"]
+        return [
+            f"{name}_bias_stored = {take.format(f'{name}_bias')}",
+            f"{name}_bias_wide = {wide} ({name}_bias_stored)",
+            f"{name}_biased = Add ({name}_sum, {name}_bias_wide)",
         ]
-        out = "normed"
-    lines.append(f"out = Identity ({out})")
-    return "\n        ".join(lines)
+
+    lines = [
+        *product("rows", "up"),
+        f"up_sum = {wide} (up_product)",
+        *biased("up"),
+        *_activated("up_biased", options),
+        f"narrow = Cast <to = {dtype}> (active)",
+        *product("narrow", "down"),
+        f"down_sum = {wide} (down_product)",
+        *biased("down"),
+    ]
+    if "norm_weight" not in present:
+        return [*lines, "out = Identity (down_biased)"]
+    return [
+        *lines,
+        f"gain = {wide} (norm_weight)",
+        "one_float = Constant <value_float = 1.0> ()",
+        "whole_gain = Add (gain, one_float)",
+        "gained = Mul (down_biased, whole_gain)",
+        "squares = Mul (gained, gained)",
+        "last_axis = Constant <value_ints = [-1]> ()",
+        "mean = ReduceMean (squares, last_axis)",
+        f"eps = Constant <value_float = {options['norm_eps']!r}> ()",
+        "mean_eps = Add (mean, eps)",
+        "root = Sqrt (mean_eps)",
+        "out = Div (gained, root)",
+    ]
+
+
+def _product(mixture: Mixture, rows: str, name: str, take: str, rank: int) -> list[str]:
+    perm = ", ".join(map(str, [*range(rank - 2), rank - 1, rank - 2]))
+    turned = "Identity" if mixture.options["transposed"] else f"Transpose <perm = [{perm}]>"
+    return [
+        f"{name}_stored = {take.format(name)}",
+        f"{name}_matrix = {turned} ({name}_stored)",
+        f"{name}_product = MatMul ({rows}, {name}_matrix)",
+    ]
 
 
 def _activated(hidden: str, options: Mapping[str, Any]) -> list[str]:

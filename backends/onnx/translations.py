@@ -6,18 +6,19 @@ standard ONNX op of the same meaning, or none that export could trace through.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from inlay.backends.onnx.experts import experts_function
+from inlay.backends.onnx.experts import Mixture, experts_function
 from inlay.backends.onnx.quantized import Quantized
 
 ops = torch.ops.inlay
 DOMAIN = "inlay"
+BESIDE = ("up_bias", "down_bias", "norm_weight")
 TYPES = ("float", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "int4", "float8e4m3fn")
 
 
@@ -39,6 +40,7 @@ class Translations:
             ops.rms_norm.default: self.rms_norm,
             ops.rope.default: self.rope,
             ops.experts.default: self.experts,
+            ops.quantized_experts.default: self.quantized_experts,
             ops.int8_linear.default: quantized.int8_linear,
             ops.weight_only_linear.default: quantized.weight_only_linear,
         }
@@ -117,19 +119,32 @@ class Translations:
         """float32, where one of two float dtypes is wider: halves and bfloat16 promote to it."""
         return tuple(self._onnx.Cast(value, to=1) for value in values)
 
-    def experts(
-        self, x: Any, index: Any, weights: Any, up: Any, down: Any, *rest: Any, **options: Any
+    def experts(self, *args: Any, **kwargs: Any) -> Any:
+        return self._mixture(ops.experts.default, ("up", "down"), args, kwargs)
+
+    def quantized_experts(self, *args: Any, **kwargs: Any) -> Any:
+        names = [f"{name}{part}" for name in ("up", "down") for part in ("", "_scale", "_zero")]
+        return self._mixture(ops.quantized_experts.default, names, args, kwargs)
+
+    def _mixture(
+        self, target: Any, matrices: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Any:
-        names = [argument.name for argument in ops.experts.default._schema.arguments]
-        defaults = {a.name: a.default_value for a in ops.experts.default._schema.arguments}
-        given = {**defaults, **dict(zip(names[5:], rest, strict=False)), **options}
-        optional = {n: given.pop(n) for n in ("up_bias", "down_bias", "norm_weight")}
-        present = {name: value for name, value in optional.items() if value is not None}
-        given = {name: value for name, value in given.items() if name in names[8:]}
-        name = f"Experts{len(self.functions)}"
-        sizes = int(up.shape[0]), int(x.shape[-1])
-        function = experts_function(name, self.target, sizes, int(x.dtype), list(present), given)
-        return self._call(function, x, index, weights, up, down, *present.values())
+        schema = target._schema.arguments
+        given = {argument.name: argument.default_value for argument in schema}
+        given |= dict(zip(given, args, strict=False)) | kwargs
+        leading = [given.pop(name) for name in ("x", "top_k_index", "top_k_weights")]
+        tensors = {name: given.pop(name) for name in (*matrices, *BESIDE)}
+        tensors = {name: value for name, value in tensors.items() if value is not None}
+        mixture = Mixture(
+            {n: [int(d) for d in v.shape] for n, v in tensors.items() if n in matrices},
+            [name for name in tensors if name in BESIDE],
+            int(leading[0].shape[-1]),
+            int(leading[0].dtype),
+            given,
+            0 if target == ops.experts.default else int(tensors["up"].dtype),
+        )
+        function = experts_function(f"Experts{len(self.functions)}", self.target, mixture)
+        return self._call(function, *leading, *tensors.values())
 
     def _call(self, function: Any, *args: Any) -> Any:
         """Call a function of ours, which joins the model's."""

@@ -123,8 +123,6 @@ def _options(ort: Any) -> Any:
     options.add_session_config_entry("session.use_env_allocators", "1")
     # Idle threads would spin on the cores that attention needs next, which are torch's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Without it, CPUs that lack VNNI multiply int8 in sums that saturate.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
