@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from inlay.backends.program import Program
 from inlay.errors import ArtifactError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "inlay.json"
 SELF = "manifest_sha256"
 EVALUATIONS = "eval.json"

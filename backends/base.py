@@ -179,3 +179,4 @@ class Backend(Protocol):
     def refit(self, directory: Path, program: Program, settings: BuildSettings) -> None:
         """Make `weight_files` again, of what an artifact's directory has: the build's other files
         and new weights (`WeightReader(directory)`); there is no manifest yet."""
+        return

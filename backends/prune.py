@@ -33,7 +33,7 @@ def prune(artifact: Artifact, target: Path) -> Path:
         raise ArtifactError(f"artifact {artifact.path} is pruned already; copy it, or refit it")
     with claimed(target) as claim:
         manifest, path = artifact.manifest, artifact.path
-        left_out = {file for file in files_with_weights(artifact.path, manifest["backend"])}
+        left_out = set(files_with_weights(artifact.path, manifest["backend"]))
         facts = {"weights": weight_facts(path), "bytes": size_of(artifact)}
         with claim.filling() as directory:
             copy_without(path, directory, manifest["files"], left_out)

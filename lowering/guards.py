@@ -256,9 +256,7 @@ def every_row(check: Check, references: References) -> Check:
     """The same for all tokens' logits, where a graph gives those it is asked for only."""
     num_tokens = sum(len(request.token_ids) for request in references.requests)
     rows, tensors = torch.arange(num_tokens), check.tensors
-    return replace(
-        check, tensors=lambda name: rows if name == "logits_indices" else tensors(name)
-    )
+    return replace(check, tensors=lambda name: rows if name == "logits_indices" else tensors(name))
 
 
 def _by_group(tables: Sequence[Sequence[int]], index: int, groups: int) -> list[Sequence[int]]:

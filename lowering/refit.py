@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from inlay.backends.artifact import (
-    GRAPH,
     SELF,
     Artifact,
     hash_files,
@@ -30,7 +29,7 @@ from inlay.backends.atomic import Claim, claimed
 from inlay.backends.base import ModelLimits
 from inlay.backends.prune import copy_without, describe, files_with_weights
 from inlay.backends.select import get_backend
-from inlay.errors import ArtifactError, ModelLoadError
+from inlay.errors import ModelLoadError
 from inlay.lowering.capture import REFERENCE, build_shell
 from inlay.lowering.export import Captured
 from inlay.lowering.guards import (
@@ -83,15 +82,10 @@ def refit(
 
     Raises:
         ModelLoadError: the checkpoint cannot be read, or is of another model: says in what.
-        ArtifactError: the artifact is damaged, or too old to be refitted.
+        ArtifactError: the artifact is damaged.
         VerificationError: the result does not compute what Hugging Face computes.
         BuildError: target cannot be written, or holds something else.
     """
-    if not (artifact.path / GRAPH).is_file():
-        raise ArtifactError(
-            f"artifact {artifact.path} has no {GRAPH}, which new weights are put through: it was "
-            f"made by an earlier version; rebuild: {artifact.manifest['rebuild']}"
-        )
     given = {**artifact.manifest["options"], **({} if verify is None else {"verify": verify})}
     options = CompileOptions(**given)
     with claimed(target) as claim:

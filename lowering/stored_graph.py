@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
 from inlay.backends.artifact import CONSTANTS, GRAPH, Artifact, write_json
 from inlay.backends.graph_json import graph_from_json, graph_to_json
 from inlay.lowering.export import Captured
-from inlay.passes.graph import module_of, placeholder_key, refresh_val, symbolic_size
+from inlay.passes.graph import fake, module_of, placeholder_key, refresh_val, symbolic_size
 from inlay.passes.weights import leaves
 
 Tensors = Mapping[str, torch.Tensor]
@@ -43,6 +43,7 @@ def write_graph(directory: Path, captured: Captured, model: PreTrainedModel) -> 
         "placeholders": [placeholder_key(node) for node in placeholders],
         "modules": [module_of(node) for node in gm.graph.nodes],
         "module_classes": gm.meta["modules"],
+        "strided": [i for i, node in enumerate(gm.graph.nodes) if _is_strided(node)],
         "recipes": gm.meta["recipes"],
         "max_num_tokens": captured.max_num_tokens,
         "sources": {name: _describe(captured.sources[name]) for name in needed if name in own},
@@ -60,6 +61,21 @@ def needed_of(gm: GraphModule) -> list[str]:
     return list(dict.fromkeys(leaf for n in names for leaf in leaves(n, gm.meta["recipes"])))
 
 
+def _is_strided(node: Node) -> bool:
+    """Whether a call's tensor has gaps in memory, or its dimensions in another order."""
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, torch.Tensor):
+        return False
+    dense = torch.empty_like(value, memory_format=torch.contiguous_format).stride()
+    return value.stride() != dense
+
+
+def _with_gaps(value: torch.Tensor, strided: bool) -> torch.Tensor:
+    if strided:
+        return value.new_empty((*value.shape, 2))[..., 0]
+    return torch.empty_like(value, memory_format=torch.contiguous_format)
+
+
 def _describe(tensor: torch.Tensor) -> list[Any]:
     return [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
 
@@ -67,24 +83,30 @@ def _describe(tensor: torch.Tensor) -> list[Any]:
 def read_graph(artifact: Artifact, own: Tensors) -> Captured:
     """The graph again, over these tensors of a model; see `mismatches` for whether they fit.
 
-    Values of the nodes are computed anew; module names are kept, source lines are not.
+    Values of the nodes are computed anew; module names are kept, source lines are not. Where
+    strides were not what they are computed to be (passes that take a transposition out leave those
+    of before), they are so again: where the graph is cut depends on them.
     """
     data = artifact.json(GRAPH)
     gm = graph_from_json(data)
     gm.meta.update({"recipes": data["recipes"], "modules": data["module_classes"], "symbols": {}})
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    placeholders = iter(data["placeholders"])
-    for node, module in zip(gm.graph.nodes, data["modules"], strict=True):
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)  # as export
+    placeholders, strided = iter(data["placeholders"]), set(data["strided"])
+    for index, (node, module) in enumerate(zip(gm.graph.nodes, data["modules"], strict=True)):
         if module:
             node.meta["nn_module_stack"] = {module: (module, data["module_classes"].get(module))}
         if node.op == "placeholder":
             shape, dtype = node.meta.pop("spec")
             node.meta[node.meta.pop("kind")] = next(placeholders)
-            sizes = [symbolic_size(gm, mode.shape_env, n) if isinstance(n, str) else n for n in shape]
+            sizes = [
+                symbolic_size(gm, mode.shape_env, n) if isinstance(n, str) else n for n in shape
+            ]
             with mode:
                 node.meta["val"] = torch.empty(sizes, dtype=dtype)
         elif node.op == "call_function":
             refresh_val(node)
+            if _is_strided(node) != (index in strided):
+                node.meta["val"] = _with_gaps(fake(node), index in strided)
     sources = {**own, **load_file(artifact.path / CONSTANTS)}
     return Captured(gm, sources, max_num_tokens=data["max_num_tokens"])
 

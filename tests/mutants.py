@@ -516,7 +516,7 @@ ENGINE: dict[str, tuple[Toy, Break]] = {
     ),
     "weights written under other names": (
         MISTRAL,
-        with_result(pipeline, "_weights", _weights_shifted),
+        with_result(pipeline, "weights_of", _weights_shifted),
     ),
     "build_step: slots off by one": (MISTRAL, _step(slot_mapping=_real(lambda s: s ^ 1))),
     "build_step: block tables of the other request": (

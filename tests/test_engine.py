@@ -327,7 +327,7 @@ def test_an_artifact_replaces_an_artifact(engine: Engine, tmp_path: Path) -> Non
 def test_backends_that_an_artifact_does_not_have(engine: Engine) -> None:
     with pytest.raises(OptionError, match=r"backend must be one of eager for the artifact .*got"):
         Engine.load(engine.path, backend="inductor")
-    with pytest.raises(OptionError, match="backend must be one of .*, eager, got 'magic'"):
+    with pytest.raises(OptionError, match=r"backend must be one of .*, eager, got 'magic'"):
         Engine.load(engine.path, backend="magic")
     with pytest.raises(ArtifactError, match="is not an Inlay artifact"):
         Engine.load(engine.path / "model")

@@ -64,13 +64,16 @@ def make_batch_invariant(
 
 
 def rows_are_alike(dtype: str, cpu_flags: Sequence[str]) -> bool:
-    """Whether oneDNN, and our kernel for the smallest batches, sum alike for any rows from 2 on.
+    """Whether oneDNN, and our kernels, sum alike for any rows from 2 on.
 
-    Measured with AVX-512 and its bfloat16, for all sizes up to 1024 rows; AMX does not. Other CPUs
-    may do, but nobody has looked.
+    Measured with AVX-512 and its bfloat16, for all sizes up to 1024 rows; AMX does not. Without
+    AVX-512 all products with bfloat16 weights are our own, which sum each row in one order. Other
+    CPUs may do, but nobody has looked.
     """
     if any(flag.startswith("amx") for flag in cpu_flags) and dtype != "float32":
         return False
+    if dtype == "bfloat16" and "avx512f" not in cpu_flags:
+        return {"avx2", "fma", "f16c"} <= set(cpu_flags)
     return {"float32": "avx512f", "bfloat16": "avx512_bf16"}.get(dtype) in cpu_flags
 
 

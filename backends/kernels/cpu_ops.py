@@ -29,10 +29,14 @@
   Quantized products need none of it: they sum each row in one order.
 - `draw_tokens(logits [N, V], slots, positions, integers, floats)` -> tokens, largest logits:
   `draw_row` of `runtime/draws.py` for each row, without typical_p, with the state of `Sampler`.
+- `kept_memory()` -> bytes of activations kept from one step of a `Program` to the next, bytes of
+  them in use, and how many blocks had to be had from the C library since the start.
 - `packed_nbytes(handle)`; `packed_format(handle)` ("onednn"; "pairs", bfloat16 for our own
-  products; "plain" where oneDNN lacks the dtype on this CPU; "int8", "int8_weight_only",
+  products, on x86 CPUs without AVX-512 and on those with its bfloat16 but no AMX; "plain" where
+  neither we nor oneDNN have a kernel for the dtype on this CPU; "int8", "int8_weight_only",
   "int4_weight_only", "fp8"); `get_isa()`, `set_isa("auto" | "avx512_bf16" | "avx512" | "avx2" |
-  "portable")`.
+  "portable")`: what runs from now on, but for float weights what `pack_linear` and `pack_experts`
+  pack for.
 """
 
 from __future__ import annotations
@@ -60,7 +64,7 @@ from inlay.errors import BuildError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
-INTERFACE = 6
+INTERFACE = 7
 """Goes up when an op is added, or when an op's schema or the cache layout changes; libraries of
 one number can stand in for each other."""
 
@@ -86,7 +90,7 @@ class _Unit:
 
 
 def build_ops(cache: Path | None = None) -> Path:
-    """The built library: from the cache, or compiled into it (20 s or less on two cores).
+    """The built library: from the cache, or compiled into it (30 s or less on two cores).
 
     cache: directory for built libraries; default `ops` under `cache_dir()`.
     Raises BuildError: no compiler, the compiler failed, or the cache cannot be written.
@@ -142,12 +146,17 @@ def _units() -> tuple[_Unit, ...]:
     )
     # NaN and infinity keep their meaning (no -ffast-math); errno and traps do not matter.
     kernel_flags = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-    isa_flags = (*_ISA_FLAGS["avx512"], *_DOT_FLAGS, "-DINLAY_ISA=avx512_dot") if x86 else ()
-    dot_flags = (*kernel_flags, *isa_flags)
+    dot_flags = (*kernel_flags, *_ISA_FLAGS["avx512"], *_DOT_FLAGS, "-DINLAY_ISA=avx512_dot")
+    avx2_flags = (*kernel_flags, *_ISA_FLAGS["avx2"], "-DINLAY_ISA=avx2")
+    only_x86 = (
+        _Unit("small_matmul.cpp", "small_matmul", dot_flags),
+        _Unit("quantized_dot.cpp", "quantized_dot", dot_flags),
+        _Unit("small_matmul_avx2.cpp", "small_matmul_avx2", avx2_flags),
+        _Unit("quantized_madd.cpp", "quantized_madd", avx2_flags),
+    )
     return (
         _Unit("ops.cpp", "ops", torch_flags),
-        _Unit("small_matmul.cpp", "small_matmul", dot_flags),
-        *((_Unit("quantized_dot.cpp", "quantized_dot", dot_flags),) if x86 else ()),
+        *(only_x86 if x86 else ()),
         *(
             _Unit(f"{name}.cpp", f"{name}_{isa}", (*kernel_flags, *flags, f"-DINLAY_ISA={isa}"))
             for name in ("attention", "experts", "quantized", "sampler")

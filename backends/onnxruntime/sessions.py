@@ -49,14 +49,21 @@ class SegmentSession:
     """A segment with its weights: inputs -> outputs, on one device."""
 
     def __init__(
-        self, model: bytes, weights: Mapping[str, torch.Tensor], provider: str, device: torch.device
+        self,
+        model: bytes,
+        weights: Mapping[str, torch.Tensor],
+        provider: str,
+        device: torch.device,
+        entries: Mapping[str, str] | None = None,
     ) -> None:
         """weights: by their names in the model; those that ONNX Runtime does not pack it reads
-        from this very memory for as long as the session lives."""
+        from this very memory for as long as the session lives. entries: more of its settings."""
         import onnxruntime as ort
 
         self._device, self._index = device.type, device.index or 0
         options = _options(ort)
+        for name, value in (entries or {}).items():
+            options.add_session_config_entry(name, value)
         names = list(weights)
         options.add_external_initializers(names, [_ort_value(ort, weights[n]) for n in names])
         choice: Any = (provider, {"device_id": self._index}) if provider == CUDA else provider

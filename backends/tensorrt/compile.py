@@ -21,7 +21,10 @@ def compile_job(library: Library, job: dict[str, Any]) -> dict[str, Any]:
     plan = build_plan(
         library,
         Path(job["model"]).read_bytes(),
-        {name: weights.bytes_at(*place) for name, place in job["weights"].items()},
+        {
+            name: weights.bytes_at(file, begin, end, name in job["int4"])
+            for name, (file, begin, end) in job["weights"].items()
+        },
         job["profiles"],
         job["target"],
     )
@@ -34,6 +37,16 @@ def compile_job(library: Library, job: dict[str, Any]) -> dict[str, Any]:
         "activation_bytes": plan.activation_bytes,
         "seconds": round(plan.seconds, 3),
     }
+
+
+def peak_bytes() -> int:
+    """Of this process since it began: it never falls. (`getrusage` knows that of the process that
+    started it, too, before it became this program.)"""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 def main() -> None:
@@ -49,8 +62,7 @@ def main() -> None:
             reply = compile_job(library, job)
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"}
-        # Of the process since it began: it never falls.
-        reply["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        reply["peak_bytes"] = peak_bytes()
         print(json.dumps(reply), file=replies, flush=True)
 
 

@@ -62,10 +62,12 @@ class Weights:
     def __init__(self) -> None:
         self._maps: dict[str, np.ndarray] = {}
 
-    def bytes_at(self, file: str, begin: int, end: int) -> np.ndarray:
+    def bytes_at(self, file: str, begin: int, end: int, is_int4: bool = False) -> np.ndarray:
+        """is_int4: of numbers that are stored as 0..15, where 8 stands for 0; INT4 is signed."""
         if file not in self._maps:
             self._maps[file] = np.memmap(file, dtype=np.uint8, mode="r")
-        return self._maps[file][begin:end]
+        found = self._maps[file][begin:end]
+        return found ^ np.uint8(0x88) if is_int4 else found
 
 
 def parse(
@@ -87,7 +89,10 @@ def parse(
 
 
 def _refusal(error: Any) -> dict[str, str]:
-    return {"node": error.node_name(), "operator": error.node_operator(), "why": error.desc()}
+    # The library also complains that there is no driver, which it needs for nothing here.
+    lines = [line for line in error.desc().splitlines() if "Cuda Runtime" not in line]
+    why = " ".join(lines).strip()
+    return {"node": error.node_name(), "operator": error.node_operator(), "why": why}
 
 
 def build_plan(
@@ -96,7 +101,6 @@ def build_plan(
     weights: Mapping[str, np.ndarray],
     profiles: Sequence[Profile],
     target: str,
-    level: int | None = None,
 ) -> Plan:
     """Raises BuildError with the library's own words."""
     begin = time.perf_counter()
@@ -128,6 +132,9 @@ def make_config(library: Library, builder: Any, profiles: Sequence[Profile], tar
         for name, (least, usual, largest) in shapes.items():
             profile.set_shape(name, least, usual, largest)
         config.add_optimization_profile(profile)
+    if library.is_rtx:
+        # An engine that would allocate while it runs could not be held by a CUDA graph.
+        config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if library.is_rtx and target != AUTO:
         config.num_compute_capabilities = 1
         config.set_compute_capability(library.compute_capability(target), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -21,6 +22,8 @@ PROCESS_BYTES = 200 << 20
 COPIES = 3.5
 """Bytes of a worker for each of its engine's weights: the mapped file, the builder's two copies
 and the plan. 3.3 was measured for a matrix of 272 MB in bfloat16."""
+LAST_WORDS = 2.0
+"""Seconds that a dying process has to end and be heard."""
 SMALL = 64 << 20
 """What an engine takes at least, of whatever weights."""
 
@@ -28,7 +31,8 @@ SMALL = 64 << 20
 @dataclass(frozen=True)
 class Job:
     """An engine to build. name: for people. model: the ONNX file. weights: initializer -> (file,
-    first byte, end). profiles: see network.Profile. plan: where it goes."""
+    first byte, end); int4: those that are 4-bit numbers. profiles: see network.Profile. plan:
+    where it goes."""
 
     name: str
     model: str
@@ -36,6 +40,7 @@ class Job:
     profiles: Sequence[Any]
     target: str
     plan: str
+    int4: Sequence[str] = ()
 
     @property
     def weight_bytes(self) -> int:
@@ -146,7 +151,10 @@ class _Worker:
         except BrokenPipeError:
             line = ""
         if not line:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(LAST_WORDS)  # so that the status is its own
             self.kill()
+            self._listener.join(LAST_WORDS)
             raise BuildError(
                 f"the process that built engine {job.name} died (status "
                 f"{self._process.returncode}; -9 often means out of memory: the estimate was "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from inlay.backends.artifact import MANIFEST
-from inlay.backends.atomic import check_target, temporary_directory, writing
+from inlay.backends.atomic import check_target, claimed, temporary_directory, writing
 from inlay.errors import BuildError
 
 
@@ -233,19 +234,90 @@ def test_the_next_one_removes_what_a_killed_process_left(tmp_path: Path) -> None
 
 def test_many_writers_of_one_target(tmp_path: Path) -> None:
     errors: list[BaseException] = []
+    written: list[str] = []
 
     def run(number: int) -> None:
-        try:
-            for turn in range(20):
+        for turn in range(20):
+            try:
                 write(tmp_path / "engine", f"{number}-{turn}")
-        except BaseException as error:
-            errors.append(error)
+                written.append(f"{number}-{turn}")
+            except BuildError as error:
+                errors.append(error)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not errors
-    assert content(tmp_path / "engine").endswith("-19")
+    assert all("is being written by process" in str(error) for error in errors)
+    assert len(written) + len(errors) == 80
+    assert content(tmp_path / "engine") in written
+    assert names(tmp_path) == ["engine"]
+
+
+# --- one writer at a time ----------------------------------------------------------------------
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from inlay.backends.atomic import claimed
+with claimed(Path(sys.argv[1])):
+    print("mine", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_another_process_is_refused_until_the_first_one_dies(tmp_path: Path) -> None:
+    target = tmp_path / "engine"
+    write(target, "old")
+    other = subprocess.Popen([sys.executable, "-c", HOLDS, str(target)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"mine\n"
+        message = f"output {target} is being written by process {other.pid} just now; wait for it"
+        with pytest.raises(BuildError, match=message):
+            write(target)
+        write(tmp_path / "elsewhere")
+    finally:
+        other.kill()
+        other.wait()
+    write(target)
+    assert content(target) == "new"
+    assert names(tmp_path) == ["elsewhere", "engine"]
+
+
+def test_a_claim_ends_with_its_block(tmp_path: Path) -> None:
+    target = tmp_path / "engine"
+
+    def fail() -> None:
+        with claimed(target):
+            with pytest.raises(BuildError, match=f"written by process {os.getpid()} just now"):
+                write(target)
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    assert names(tmp_path) == []
+    write(target)
+    assert content(target) == "new"
+
+
+def test_a_number_that_another_process_has_now_is_no_trap(tmp_path: Path) -> None:
+    """What a killed process left under a process id that lives, this one's, is not believed."""
+    host = platform.node()
+    left = tmp_path / f".engine.tmp-{host}-{os.getpid()}-abc"
+    left.mkdir()
+    (left / "file").write_text("half")
+    write(tmp_path / "engine")
+    assert names(tmp_path) == ["engine"]
+
+
+def test_an_artifact_that_was_moved_aside_when_its_process_died(tmp_path: Path) -> None:
+    target = tmp_path / "engine"
+    write(target, "old")
+    half = tmp_path / f".engine.tmp-{platform.node()}-1-abc"
+    half.mkdir()
+    target.rename(tmp_path / f"{half.name}-old")
+    with claimed(target):
+        assert content(target) == "old"
     assert names(tmp_path) == ["engine"]

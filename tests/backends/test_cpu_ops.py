@@ -453,7 +453,7 @@ def test_linear(dtype: torch.dtype, bias: bool, leading: tuple[int, ...]) -> Non
     torch.testing.assert_close(out.double(), expected, rtol=RTOL[dtype], atol=2e-4)
     assert out.dtype == dtype
     assert torch.ops.inlay_cpu.packed_nbytes(handle) >= 67 * 45 * dtype.itemsize
-    assert torch.ops.inlay_cpu.packed_format(handle) in ("onednn", "plain")
+    assert torch.ops.inlay_cpu.packed_format(handle) in ("onednn", "plain", "pairs")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -474,12 +474,12 @@ def test_linear_rows_do_not_depend_on_the_batch(dtype: torch.dtype, shape: tuple
             torch.testing.assert_close(part, whole[:size], rtol=2**-7, atol=1e-3)
 
 
-@pytest.mark.parametrize("rows", range(1, 6))
-@pytest.mark.parametrize("shape", [(1152, 896), (32, 2), (64, 4864), (96, 30), (33, 64), (8, 8)])
+@pytest.mark.parametrize("rows", [*range(1, 8), 37])
+@pytest.mark.parametrize(
+    "shape", [(1152, 896), (32, 2), (64, 4864), (96, 30), (33, 64), (8, 8), (1, 1), (39, 45)]
+)
 @pytest.mark.parametrize("biased", [False, True])
-def test_linear_of_few_rows_is_as_exact_as_a_cast(
-    rows: int, shape: tuple[int, int], biased: bool
-) -> None:
+def test_linear_is_as_exact_as_a_cast(rows: int, shape: tuple[int, int], biased: bool) -> None:
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, shape[1]).bfloat16(), torch.randn(shape).bfloat16()
     bias = torch.randn(shape[0]).bfloat16() if biased else None
@@ -488,10 +488,36 @@ def test_linear_of_few_rows_is_as_exact_as_a_cast(
     exact = torch.nn.functional.linear(
         x.double(), weight.double(), None if bias is None else bias.double()
     )
+    assert torch.ops.inlay_cpu.linear(x[:0], handle, bias, shape[0]).shape == (0, shape[0])
     # Float32 sums, then one rounding to bfloat16: half a unit in the last of 8 bits; the sum's own
     # error shows where terms cancel, so it is taken against the size of the terms.
     scale = exact.abs() * 2**-8 + x.double().norm() * weight.double().norm(dim=1) * 2**-20
     assert ((out - exact).abs() <= scale).all()
+
+
+def test_avx2_takes_bfloat16_of_any_size() -> None:
+    """What is packed for it stays its own, whatever runs later; NaN stays in its row and output."""
+    ops = torch.ops.inlay_cpu
+    try:
+        ops.set_isa("avx2")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    weight, x = torch.randn(67, 45).bfloat16(), torch.randn(9, 45).bfloat16()
+    try:
+        handle = ops.pack_linear(weight)
+    finally:
+        ops.set_isa("auto")
+    assert ops.packed_format(handle) == "pairs"
+    clean = ops.linear(x, handle, None, 67)
+    exact = x.double() @ weight.double().t()
+    terms = x.double().norm(dim=1)[:, None] * weight.double().norm(dim=1)
+    assert ((clean.double() - exact).abs() <= exact.abs() * 2**-8 + terms * 2**-20).all()
+    x[3, 44], x[4, 0] = float("nan"), float("inf")
+    out = ops.linear(x, handle, None, 67)
+    assert out[3].isnan().all()
+    assert not out[4].isfinite().any()
+    rest = [0, 1, 2, 5, 6, 7, 8]
+    assert torch.equal(out[rest], clean[rest])
 
 
 def test_linear_refuses_what_is_not_a_handle() -> None:

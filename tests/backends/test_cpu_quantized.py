@@ -387,7 +387,7 @@ def test_inputs_that_are_not_finite_stay_in_their_row(isa: str) -> None:
         assert torch.equal(out[::2], clean[::2])
 
 
-@pytest.mark.parametrize("shape", [(1152, 896), (96, 2048), (64, 30)], ids=str)
+@pytest.mark.parametrize("shape", [(1152, 896), (96, 2048), (64, 30), (67, 45)], ids=str)
 def test_bfloat16_rows_do_not_depend_on_the_batch_or_threads(shape: tuple[int, int]) -> None:
     ops = torch.ops.inlay_cpu
     x, weight = torch.randn(300, shape[1]).bfloat16(), torch.randn(shape).bfloat16()

@@ -43,7 +43,9 @@ def test_inspect_shows_what_the_artifact_holds(
     facts = json.loads(capsys.readouterr().out)
     assert facts["architecture"] == "llama"
     assert facts["attention_layers"] == 4
-    assert sum(facts["segments"].values()) == 6  # first, three middles, tail, LM head
+    assert (
+        sum(one["uses"] for one in facts["segments"].values()) == 6
+    )  # first, three middles, tail, LM head
     assert len(facts["segments"]) == 4
     assert main(["inspect", str(artifact)]) == 0
     assert "fuse_rope" in capsys.readouterr().out

@@ -143,3 +143,25 @@ def test_bad_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert ended.value.code == 2
     assert "--flops: invalid float value" in capsys.readouterr().err
+
+
+def test_what_an_artifact_holds(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", artifact, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["hashes"]["weights_checked"] is False
+    roles = [one["role"] for one in facts["segments"].values()]
+    assert roles == ["first", "tail", "LM head"]
+    assert all(one["uses"] == 1 and one["ops"] > 0 for one in facts["segments"].values())
+    held = sum(one["weight_bytes"] for one in facts["segments"].values())
+    assert held <= facts["weight_bytes"] < held + 5000  # headers
+    assert facts["code_bytes"] == 0  # eager has none
+    assert 0 < facts["graph_bytes"] < facts["total_bytes"] - facts["weight_bytes"]
+    assert facts["provenance"][0]["made_by"] == "build"
+    assert facts["quantization"] == {
+        "asked_for": "none", "given_by": [], "products": {"linear": 5},
+    }  # fmt: skip
+    assert main(["inspect", artifact, "--check-weights"]) == 0
+    text = capsys.readouterr().out
+    assert "inlay.json: all right\n" in text
+    assert main(["inspect", artifact]) == 0
+    assert "which --check-weights checks" in capsys.readouterr().out

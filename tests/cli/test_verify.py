@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from inlay.backends.eager.backend import EagerBackend
+from inlay.backends.select import BACKENDS
 from inlay.cli import main
 from inlay.engine import build
-from inlay.errors import OptionError
+from inlay.errors import BuildError, OptionError
 from inlay.lowering.options import CompileOptions
 from inlay.verify.source import random_source, with_layers
 from tests.toys import build_toy
@@ -106,6 +108,69 @@ def test_a_config_that_is_wrong(
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     assert main(["verify", str(tmp_path), "--random-weights", "--backend", "eager"]) == 2
     assert message in capsys.readouterr().err
+
+
+class Second(EagerBackend):
+    """Another backend than eager, as far as anybody can tell."""
+
+    name = "second"
+
+
+def test_several_backends_in_one_table(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(BACKENDS, "second", f"{__name__}:Second")
+    few = [*FEW[2:], "--dtype", "float32", "--backends", "eager,second,eager"]
+    arguments = ["verify", str(config), "--random-weights", *few]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    check_table(said.out, "eager", "second")
+    assert "  eager: generating 4 tokens" in said.err
+
+    def refuses(*_: object) -> None:
+        raise BuildError("no compiler")
+
+    monkeypatch.setattr(Second, "check", refuses)
+    assert main([*arguments, "--json"]) == 2
+    facts = json.loads(capsys.readouterr().out)
+    one, other = facts["backends"]
+    assert (facts["ok"], one["ok"], one["top_1_agreement"]) == (False, True, 1.0)
+    assert one["measured"]["num_greedy"] == 3
+    assert other == {"backend": "second", "ok": None, "error": "BuildError: no compiler"}
+
+
+def check_table(text: str, *backends: str) -> None:
+    head, names, *rows = text.splitlines()
+    assert head.endswith("float32, against Hugging Face in float32")
+    assert names.split()[:3] == ["backend", "greedy", "top-1"]
+    for line, name in zip(rows, backends, strict=True):
+        assert line.split()[:5] == [name, "3", "of", "3", "100.00%"]
+        assert line.split()[-1] == "agrees"
+        assert 0 < float(line.split()[5]) < 1e-3  # the largest logit's difference
+
+
+@pytest.mark.slow
+def test_compiled_code_in_the_table(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = [*FEW[2:], "--dtype", "float32", "--backends", "inductor,eager"]
+    assert main(["verify", str(config), "--random-weights", *few]) == 0
+    check_table(capsys.readouterr().out, "inductor", "eager")
+
+
+def test_one_backend_that_is_wrong_gives_status_1_and_its_first_difference(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = CompileOptions(backend="eager", dtype="float32", max_seq_len=48, block_size=16)
+    build(random_source(str(config), "float32", seed=1).model, tmp_path / "engine", options)
+    arguments = ["verify", str(config), "--random-weights", "--artifact", str(tmp_path / "engine")]
+    # Compiled code is not in this artifact: one row says so, the other what is wrong.
+    assert main([*arguments, *FEW, "--backends", "eager,inductor"]) == 1
+    said = capsys.readouterr().out
+    assert "DISAGREES" in said
+    assert "eager: first difference: segment " in said
+    assert "  node: " in said
+    assert "inductor: not run: OptionError: backend must be one of eager" in said
+    assert main(["verify", "demo", *FEW, "--backends", "eager,magic"]) == 2
+    assert "tensorrt, eager, got 'magic'" in capsys.readouterr().err
 
 
 def test_an_artifact_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

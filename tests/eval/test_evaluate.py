@@ -25,7 +25,8 @@ from inlay.eval.reference import CACHE_KIND, Reference
 from inlay.eval.text import cut, read_text, tokenize
 from inlay.lowering.loading import demo_path, load_tokenizer
 from inlay.lowering.options import CompileOptions
-from inlay.report.text import artifact_data, artifact_text
+from inlay.report.artifact import artifact_data, artifact_text
+from inlay.report.collect import of_artifact
 from tests.toys import build_toy
 
 OPTIONS = CompileOptions(backend="eager", dtype="float32", verify="capture", block_size=16)
@@ -243,7 +244,7 @@ def test_verdicts_are_kept_by_text_and_setting(saved: Engine, text: Path) -> Non
 
 def test_inspect_shows_what_was_found(saved: Engine, text: Path) -> None:
     judge(saved, text, max_tokens=150, num_prompts=0)
-    data = artifact_data(saved)
+    data = artifact_data(saved, of_artifact("saved", saved), False)
     assert data["evaluations"] == saved.evaluations
     (line,) = [line for line in artifact_text(data).splitlines() if "evaluation" in line]
     assert "pass: perplexity" in line

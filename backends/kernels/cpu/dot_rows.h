@@ -3,6 +3,8 @@
 // four of 8 bits. Included by units that are compiled for these instructions only.
 #pragma once
 
+#include "over_rows.h"
+
 #include <immintrin.h>
 
 #include <cstdint>
@@ -48,17 +50,6 @@ static inline __attribute__((always_inline)) void add_steps(typename Dot::Sum (&
       sums[row][0] = Dot::add(sums[row][0], low, v);
       sums[row][1] = Dot::add(sums[row][1], high, v);
     }
-  }
-}
-
-// Calls body with the first row and the number of rows of each part of [begin, end), none larger
-// than Most and all about as large: a part of few rows waits for its sums.
-template <int Most, class Body>
-static inline void over_rows(int64_t begin, int64_t end, const Body& body) {
-  const int64_t count = end - begin, parts = (count + Most - 1) / Most;
-  for (int64_t part = 0; part < parts; part++) {
-    const int64_t first = count * part / parts, last = count * (part + 1) / parts;
-    body(begin + first, static_cast<int>(last - first));
   }
 }
 

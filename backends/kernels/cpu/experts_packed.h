@@ -1,7 +1,7 @@
 // Weights of experts, packed one by one, and products of rows that are grouped by expert.
 //
-// Only the chosen experts' weights are read. Rows go through small_matmul, all experts' blocks in
-// one parallel loop; where it does not take them through oneDNN, an expert at a time. A token's
+// Only the chosen experts' weights are read. Rows go through our own kernel, all experts' blocks
+// in one parallel loop; where it does not take them through oneDNN, an expert at a time. A token's
 // result depends on no other token but through the kind of product that its experts' rows take.
 #pragma once
 
@@ -129,22 +129,26 @@ void multiply_small(const Grouping& grouping, const PackedExperts& w, const Tens
   std::vector<const Group*> groups;
   for (const Group& g : grouping.groups)
     if (g.small(w)) groups.push_back(&g);
-  const int64_t blocks = w.out_features / kSmallMatmulBlock;
-  const int64_t block_bytes = kSmallMatmulBlock * w.in_features * int64_t{sizeof(uint16_t)};
-  const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
+  const MatmulKernel& kernel = *w.experts[0]->kernel;
+  const MatmulRows rows = matmul_rows(*w.experts[0], x);
+  struct Job {
+    const Group* group;
+    int64_t first, last;
+  };
+  std::vector<Job> jobs;
+  for (const Group* g : groups) {
+    const RowParts parts(g->rows, rows.stride);
+    for (int64_t part = 0; part < parts.count; part++)
+      jobs.push_back({g, parts.begin(part), parts.begin(part + 1)});
+  }
   auto* to = static_cast<uint16_t*>(y.mutable_data_ptr());
-  at::parallel_for(0, blocks * static_cast<int64_t>(groups.size()),
-                   std::max<int64_t>(1, kBytesPerTask / block_bytes),
-                   [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; unit++) {
-      const Group& g = *groups[unit / blocks];
-      const int64_t stride = w.in_features * int64_t{sizeof(uint16_t)};
-      const SmallMatmul product{reinterpret_cast<const char*>(from) + g.begin * stride,
-                                w.experts[g.expert]->pairs, nullptr,
-                                to + g.begin * w.out_features, g.rows, w.in_features,
-                                w.out_features, stride};
-      small_matmul(product, 0, g.rows, unit % blocks, unit % blocks + 1);
-    }
+  share_blocks(static_cast<int64_t>(jobs.size()), num_pair_blocks(w.out_features),
+               pair_block_bytes(w.in_features), [&](int64_t job, int64_t first, int64_t last) {
+    const Group& g = *jobs[job].group;
+    const SmallMatmul product{rows.data() + g.begin * rows.stride, w.experts[g.expert]->pairs,
+                              nullptr, to + g.begin * w.out_features, g.rows, w.in_features,
+                              w.out_features, rows.stride};
+    kernel.multiply(product, jobs[job].first, jobs[job].last, first, last);
   });
 }
 

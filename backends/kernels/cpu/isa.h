@@ -5,6 +5,7 @@
 #include "experts.h"
 #include "quantized.h"
 #include "sampler.h"
+#include "small_matmul.h"
 
 #include <c10/util/Exception.h>
 
@@ -22,6 +23,7 @@ struct Isa {
   const ExpertsKernels* experts;
   const QuantizedKernels* quantized;
   const ProductKernels* products;  // for what they take, or null
+  const MatmulKernel* matmul;      // of bfloat16 weights, or null
   const SamplerKernels* sampler;
   bool supported;
 };
@@ -39,17 +41,20 @@ const std::vector<Isa>& isas() {
                         __builtin_cpu_supports("avx512dq");
     const bool dots = widest && __builtin_cpu_supports("avx512bf16") &&
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
+    const MatmulKernel* pairs =
+        widest && __builtin_cpu_supports("avx512bf16") ? &avx512_dot::matmul_kernel : nullptr;
     found.push_back({"avx512_bf16", &avx512_bf16::kernels, &avx512::experts_kernels,
-                     &avx512::quantized_kernels, &avx512_dot::product_kernels,
+                     &avx512::quantized_kernels, &avx512_dot::product_kernels, pairs,
                      &avx512::sampler_kernels, dots});
     found.push_back({"avx512", &avx512::kernels, &avx512::experts_kernels,
-                     &avx512::quantized_kernels, nullptr, &avx512::sampler_kernels, widest});
+                     &avx512::quantized_kernels, nullptr, pairs, &avx512::sampler_kernels, widest});
     found.push_back({"avx2", &avx2::kernels, &avx2::experts_kernels, &avx2::quantized_kernels,
-                     nullptr, &avx2::sampler_kernels, wide});
+                     &avx2::product_kernels, &avx2::matmul_kernel, &avx2::sampler_kernels, wide});
 #endif
     found.push_back({"portable", &portable::kernels, &portable::experts_kernels,
-                     &portable::quantized_kernels, nullptr, &portable::sampler_kernels, true});
-    return found;
+                     &portable::quantized_kernels, nullptr, nullptr, &portable::sampler_kernels,
+                     true});
+  return found;
   }();
   return all;
 }

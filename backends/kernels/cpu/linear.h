@@ -4,7 +4,7 @@
 // tensor whose memory is the head of a Packed and whose storage owns it.
 #pragma once
 
-#include "small_matmul.h"
+#include "isa.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -22,6 +22,9 @@
 #include <memory>
 #include <mutex>
 
+#if defined(INLAY_X86)
+#include <cpuid.h>
+#endif
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -47,7 +50,8 @@ struct alignas(64) Packed {
   int64_t out_features, in_features;
   Tensor weight;
   bool onednn;
-  const uint16_t* pairs = nullptr;  // the packed memory, where small_matmul can read it
+  const uint16_t* pairs = nullptr;  // the packed memory, where our kernel can read it
+  const MatmulKernel* kernel = nullptr;
   int64_t fixed_rows = 0;           // of every product, see fix_rows; 0: as many as come
 };
 
@@ -124,20 +128,76 @@ void parallel_over_blocks(int64_t out_features, int64_t in_features, const Body&
                    std::max<int64_t>(1, kBytesPerTask / block_bytes), body);
 }
 
-// oneDNN's packed memory, if small_matmul knows its layout. oneDNN's layouts are its own affair and
+// Calls body(first, last) for pieces of [0, count), at least `grain` large each. Whoever is free takes
+// the next: pieces do not take alike long, nor are threads alike fast.
+template <class Body>
+void share(int64_t count, int64_t grain, const Body& body) {
+  constexpr int64_t kPieces = 16;  // of a thread: what the last one to end keeps others waiting for
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (count + grain - 1) / grain);
+  const int64_t piece = std::max(grain, count / (threads * kPieces + 1));
+  std::atomic<int64_t> next = 0;
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    if (end - begin == threads) return body(0, count);  // nobody to share with
+    for (int64_t first; (first = next.fetch_add(piece)) < count;)
+      body(first, std::min(count, first + piece));
+  });
+}
+
+// Calls body(job, first, last) for all blocks of all jobs, some blocks at a time.
+template <class Body>
+void share_blocks(int64_t jobs, int64_t blocks, int64_t block_bytes, const Body& body) {
+  if (jobs == 0) return;
+  share(jobs * blocks, std::max<int64_t>(1, kBytesPerTask / block_bytes),
+        [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last;) {
+      const int64_t block = unit % blocks, end = std::min(blocks, block + last - unit);
+      body(unit / blocks, block, end);
+      unit += end - block;
+    }
+  });
+}
+
+// Whether this CPU has AMX's bfloat16 products, which oneDNN uses and we do not.
+bool has_bfloat16_tiles() {
+#if defined(INLAY_X86)
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & 1u << 22);
+#else
+  return false;
+#endif
+}
+
+bool whole_blocks(const Tensor& weight) {
+  return weight.size(0) % kSmallMatmulBlock == 0 && weight.size(1) % 2 == 0;
+}
+
+// Whether packed holds weight [N, K] as small_matmul.h says, for the blocks [first, last).
+bool is_pairs(const uint16_t* packed, const uint16_t* weight, int64_t in_features, int64_t first,
+              int64_t last) {
+  uint16_t differ = 0;
+  const uint16_t* at = packed + first * kSmallMatmulBlock * in_features;
+  for (int64_t block = first; block < last && !differ; block++)
+    for (int64_t k = 0; k < in_features; k += 2)
+      for (int64_t n = 0; n < kSmallMatmulBlock; n++, at += 2) {
+        const uint16_t* row = weight + (block * kSmallMatmulBlock + n) * in_features + k;
+        differ |= (at[0] ^ row[0]) | (at[1] ^ row[1]);
+      }
+  return !differ;
+}
+
+// oneDNN's packed memory, if our kernel knows its layout. oneDNN's layouts are its own affair and
 // differ between CPUs: every element is compared with the weight.
 const uint16_t* readable_pairs(const Packed& p, const Tensor& weight) {
   static const auto data_ptr = find_op<int64_t(const Tensor&)>("mkldnn::data_ptr");
   static const auto nbytes = find_op<int64_t(const Tensor&)>("mkldnn::_nbytes");
-  if (!p.onednn || weight.scalar_type() != at::kBFloat16 || !small_matmul_supported() ||
-      p.out_features % kSmallMatmulBlock || p.in_features % 2 ||
+  if (!p.onednn || weight.scalar_type() != at::kBFloat16 || !p.kernel || !whole_blocks(weight) ||
       nbytes.call(p.weight) != static_cast<int64_t>(weight.nbytes()))
     return nullptr;
   const auto* packed = reinterpret_cast<const uint16_t*>(data_ptr.call(p.weight));
   const auto* plain = static_cast<const uint16_t*>(weight.const_data_ptr());
   std::atomic<bool> equal = true;
   parallel_over_blocks(p.out_features, p.in_features, [&](int64_t first, int64_t last) {
-    if (!small_matmul_layout(packed, plain, p.in_features, first, last)) equal = false;
+    if (!is_pairs(packed, plain, p.in_features, first, last)) equal = false;
   });
   return equal ? packed : nullptr;
 }
@@ -145,68 +205,121 @@ const uint16_t* readable_pairs(const Packed& p, const Tensor& weight) {
 // Whether our own products are chosen: always where oneDNN has no AMX to offer (measured on Zen 4
 // from 1 to 1,024 rows), then fixed or not, since they sum each row in one order; else up to `few`.
 bool takes_rows(const Packed& p, int64_t rows, int64_t few) {
-  static const bool always = !has_bfloat16_tiles();
-  return p.pairs && (always || (!p.fixed_rows && rows <= few));
+  return p.pairs && (!p.onednn || !has_bfloat16_tiles() || (!p.fixed_rows && rows <= few));
 }
+
+constexpr int64_t kRowStep = 12;  // a multiple of what kernels take at a time
 
 // Rows that go together: as many as leave room in a core's L2 for the weights that pass by.
 int64_t rows_at_once(int64_t row_bytes) {
-  constexpr int64_t kBytes = 384 << 10, kStep = 12, kMost = 192;
-  return std::clamp<int64_t>(kBytes / row_bytes / kStep * kStep, 2 * kStep, kMost);
+  constexpr int64_t kBytes = 384 << 10, kMost = 192;
+  return std::clamp<int64_t>(kBytes / row_bytes / kRowStep * kRowStep, 2 * kRowStep, kMost);
+}
+
+// Parts of rows that go together, alike large but for a kernel's step.
+struct RowParts {
+  int64_t rows, count;
+
+  RowParts(int64_t num_rows, int64_t row_bytes) : rows(num_rows) {
+    const int64_t most = rows_at_once(row_bytes);
+    count = (rows + most - 1) / most;
+  }
+  int64_t begin(int64_t part) const {
+    const int64_t steps = (rows + kRowStep - 1) / kRowStep;
+    return std::min(rows, steps * part / count * kRowStep);
+  }
+};
+
+// Rows of x as a kernel takes them.
+struct MatmulRows {
+  Tensor memory;
+  int64_t stride;  // in bytes
+
+  const char* data() const { return static_cast<const char*>(memory.const_data_ptr()); }
+};
+
+MatmulRows widen_rows(const Tensor& x) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  const Tensor from = x.contiguous();
+  const int64_t width = x.size(-1), rows = x.numel() / width;
+  // An odd number of cache lines: rows of a power of two would compete for a few places in L1.
+  const int64_t stride = ((width + kLine - 1) / kLine | 1) * kLine;
+  const Tensor wide = at::empty({rows, stride}, x.options().dtype(at::kFloat));
+  const auto* bits = static_cast<const uint16_t*>(from.const_data_ptr());
+  auto* to = static_cast<uint32_t*>(wide.mutable_data_ptr());
+  at::parallel_for(0, rows, std::max<int64_t>(1, kBytesPerTask / stride),
+                   [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      for (int64_t k = 0; k < width; k++)
+        to[row * stride + k] = static_cast<uint32_t>(bits[row * width + k]) << 16;
+      if (width % 2) to[row * stride + width] = 0;
+    }
+  });
+  return {wide, stride * int64_t{sizeof(float)}};
 }
 
 // Contiguous rows of x, apart by a number of bytes that puts them into different places of L1.
-Tensor spread_rows(const Tensor& x) {
-  const int64_t width = x.size(-1), line = 64 / x.element_size();
-  if (x.numel() / width <= 4 || width * x.element_size() % 1024) return x.contiguous();
-  Tensor spread = at::empty({x.numel() / width, width + line}, x.options()).narrow(1, 0, width);
-  return spread.copy_(x.reshape({-1, width}));
+MatmulRows spread_rows(const Tensor& x) {
+  const int64_t width = x.size(-1), rows = x.numel() / width, size = x.element_size();
+  const int64_t line = 64 / size;
+  if (rows <= 4 || width * size % 1024) return {x.contiguous(), width * size};
+  Tensor spread = at::empty({rows, width + line}, x.options()).narrow(1, 0, width);
+  return {spread.copy_(x.reshape({-1, width})), (width + line) * size};
+}
+
+MatmulRows matmul_rows(const Packed& p, const Tensor& x) {
+  return p.kernel->widened ? widen_rows(x) : spread_rows(x);
+}
+
+int64_t num_pair_blocks(int64_t out_features) {
+  return (out_features + kSmallMatmulBlock - 1) / kSmallMatmulBlock;
+}
+
+int64_t pair_block_bytes(int64_t in_features) {
+  return kSmallMatmulBlock * ((in_features + 1) / 2) * 4;
 }
 
 Tensor multiply_rows(const Packed& p, const Tensor& x, const OptionalTensor& bias) {
-  const Tensor rows = spread_rows(x);
   auto shape = x.sizes().vec();
   shape.back() = p.out_features;
   Tensor y = at::empty(shape, x.options());
+  const int64_t num_rows = x.numel() / p.in_features;
+  if (num_rows == 0) return y;
+  const MatmulRows rows = matmul_rows(p, x);
   const Tensor flat_bias = bias ? bias->contiguous() : Tensor();
   const auto* b = bias ? static_cast<const uint16_t*>(flat_bias.const_data_ptr()) : nullptr;
-  const int64_t num_rows = x.numel() / p.in_features;
-  const int64_t stride = (rows.dim() > 1 ? rows.stride(-2) : p.in_features) * x.element_size();
-  const SmallMatmul product{static_cast<const char*>(rows.const_data_ptr()), p.pairs, b,
-                            static_cast<uint16_t*>(y.mutable_data_ptr()), num_rows, p.in_features,
-                            p.out_features, stride};
-  const int64_t blocks = p.out_features / kSmallMatmulBlock, at_once = rows_at_once(stride);
-  const int64_t grain = kBytesPerTask / (kSmallMatmulBlock * p.in_features * x.element_size());
-  at::parallel_for(0, blocks * ((num_rows + at_once - 1) / at_once), std::max<int64_t>(1, grain),
-                   [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last;) {
-      const int64_t row = unit / blocks * at_once, block = unit % blocks;
-      const int64_t end = std::min(blocks, block + last - unit);
-      small_matmul(product, row, std::min(num_rows, row + at_once), block, end);
-      unit += end - block;
-    }
+  const SmallMatmul product{rows.data(), p.pairs, b, static_cast<uint16_t*>(y.mutable_data_ptr()),
+                            num_rows, p.in_features, p.out_features, rows.stride};
+  const RowParts parts(num_rows, rows.stride);
+  share_blocks(parts.count, num_pair_blocks(p.out_features), pair_block_bytes(p.in_features),
+               [&](int64_t part, int64_t first, int64_t last) {
+    p.kernel->multiply(product, parts.begin(part), parts.begin(part + 1), first, last);
   });
   return y;
 }
 
 // Whether all products with this weight are our own, so that it need not be oneDNN's to read.
-bool packs_pairs(const Tensor& weight) {
-  static const bool ours = small_matmul_supported() && !has_bfloat16_tiles();
-  return ours && weight.scalar_type() == at::kBFloat16 &&
-         weight.size(0) % kSmallMatmulBlock == 0 && weight.size(1) % 2 == 0;
+bool packs_pairs(const Tensor& weight, const MatmulKernel* kernel) {
+  if (weight.scalar_type() != at::kBFloat16 || !kernel) return false;
+  return kernel->widened || (!has_bfloat16_tiles() && whole_blocks(weight));
 }
 
 Tensor pack_pairs(const Tensor& weight) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  const Tensor memory = allocate_packed(static_cast<int64_t>(weight.nbytes()));
-  auto* to = static_cast<uint32_t*>(memory.mutable_data_ptr());
+  const int64_t blocks = num_pair_blocks(outputs), block_bytes = pair_block_bytes(inputs);
+  const Tensor memory = allocate_packed(blocks * block_bytes);
+  auto* to = static_cast<char*>(memory.mutable_data_ptr());
   const auto* from = static_cast<const char*>(weight.const_data_ptr());
-  parallel_over_blocks(outputs, inputs, [&](int64_t first, int64_t last) {
-    for (int64_t n = first * kSmallMatmulBlock; n < last * kSmallMatmulBlock; n++) {
+  at::parallel_for(0, blocks, std::max<int64_t>(1, kBytesPerTask / block_bytes),
+                   [&](int64_t first, int64_t last) {
+    if (!whole_blocks(weight)) std::memset(to + first * block_bytes, 0, (last - first) * block_bytes);
+    const int64_t end = std::min(outputs, last * kSmallMatmulBlock);
+    for (int64_t n = first * kSmallMatmulBlock; n < end; n++) {
       const char* row = from + n * inputs * 2;
-      uint32_t* at = to + n / kSmallMatmulBlock * kSmallMatmulBlock * (inputs / 2);
+      char* at = to + n / kSmallMatmulBlock * block_bytes + n % kSmallMatmulBlock * 4;
       for (int64_t pair = 0; pair < inputs / 2; pair++)
-        std::memcpy(at + pair * kSmallMatmulBlock + n % kSmallMatmulBlock, row + pair * 4, 4);
+        std::memcpy(at + pair * kSmallMatmulBlock * 4, row + pair * 4, 4);
+      if (inputs % 2) std::memcpy(at + inputs / 2 * kSmallMatmulBlock * 4, row + inputs * 2 - 2, 2);
     }
   });
   use_huge_pages(reinterpret_cast<int64_t>(to), memory.numel());
@@ -225,8 +338,9 @@ std::unique_ptr<Packed> make_packed(const Tensor& weight) {
   packed->out_features = weight.size(0);
   packed->in_features = weight.size(1);
   packed->onednn = onednn_takes(dtype);
+  packed->kernel = isa()->matmul;
   const Tensor source = weight.detach().contiguous();
-  if (packs_pairs(weight)) {
+  if (packs_pairs(weight, packed->kernel)) {
     packed->onednn = false;
     packed->weight = pack_pairs(source);
     packed->pairs = static_cast<const uint16_t*>(packed->weight.const_data_ptr());

@@ -72,6 +72,7 @@ TORCH_LIBRARY(inlay_cpu, m) {
       .def("add_segment", &inlay::Program::add_segment)
       .def("add_attention", &inlay::Program::add_attention)
       .def("run", &inlay::Program::run);
+  m.def("kept_memory() -> int[]", &inlay::kept_memory);
   m.def("get_isa() -> str", &inlay::get_isa);
   m.def("set_isa(str name) -> ()", &inlay::set_isa);
   m.def("build_stamp() -> str", &build_stamp);

@@ -2,6 +2,7 @@
 // have left the caches each time that a segment has read its weights.
 #pragma once
 
+#include "kept_memory.h"
 #include "paged_attention.h"
 
 #include <ATen/ops/unbind.h>
@@ -63,6 +64,7 @@ class Program : public torch::CustomClassHolder {
   Tensors run(Tensors given, int64_t num_values, const Tensor& slot_mapping,
               const Tensor& block_tables, const Tensor& seq_lens, const Tensor& starts,
               const Numbers& wanted) {
+    const KeepMemory keep_memory;
     const Tensors slots = at::unbind(slot_mapping), tables = at::unbind(block_tables);
     Tensors values = std::move(given);
     values.resize(num_values);

@@ -1,73 +1,62 @@
-// Products with weights of 8 or 4 bits on any CPU: some inputs of a block's weights are widened to
-// float32, then multiplied with all rows. Integer sums are exact in float32 for that many inputs.
+// Products with weights of 8 or 4 bits on any CPU, in float32: of few rows weights are widened in
+// registers, for more some inputs of a block once, into the cache. Both add up in one order. Integer
+// sums are exact in float32 for that many inputs.
+#include "over_rows.h"
 #include "quantized.h"
 #include "quantized_vec.h"
 
 namespace {
 
-using inlay::Place;
-
-constexpr int kDotRows = kLanes == 16 ? 8 : kLanes == 8 ? 3 : 1;  // what registers hold
-constexpr int kPanel = 256;  // inputs widened at a time: 256 * 128 * 128 is exact in float32
+constexpr int kVecs = 2;                        // that are summed at a time
+constexpr int kDotRows = kLanes == 16 ? 8 : 6;  // what registers hold, with so many sums each
+constexpr int kFewRows = 4;
+constexpr int kPanel = 256;  // inputs of a part: 256 * 128 * 128 is exact in float32
 constexpr int kRowsAtATime = 64;
 
-// Weights as floats, by their bits.
-struct Table {
-  float values[256];
-};
-
-constexpr float float8_value(int bits) {
-  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
-  if ((bits & 127) == 127) return __builtin_nanf("");
-  float value = exponent ? 8 + mantissa : 2 * mantissa;  // of 2^(exponent - 10)
-  for (int e = exponent; e < 10; ++e) value /= 2;
-  for (int e = exponent; e > 10; --e) value *= 2;
-  return bits & 128 ? -value : value;
+// A pair of inputs of kFloat8, in the upper half of each output's lane.
+INLAY_INLINE VecI float8_pairs(const uint8_t* tile, int pair, int vec) {
+  const uint8_t* from = tile + vec * kLanes * 4;
+#if defined(__AVX512F__)
+  const __m512i bytes = _mm512_loadu_si512(from), zero = _mm512_setzero_si512();
+  return (VecI)(pair ? _mm512_unpackhi_epi16(zero, bytes) : _mm512_unpacklo_epi16(zero, bytes));
+#elif defined(__AVX2__)
+  const __m256i bytes = load_as<__m256i>(from), zero = _mm256_setzero_si256();
+  return (VecI)(pair ? _mm256_unpackhi_epi16(zero, bytes) : _mm256_unpacklo_epi16(zero, bytes));
+#else
+  return (VecI)(__builtin_convertvector(load_as<VecH>(from + pair * 8), VecU) << 16);
+#endif
 }
 
-template <Format format>
-constexpr Table make_table() {
-  Table table{};
-  for (int i = 0; i < 256; ++i)
-    table.values[i] = format == Format::kFloat8 ? float8_value(i)
-                      : format == Format::kInt4 ? (i & 15)
-                      : format == Format::kInt8 ? i - 128
-                                                : (i < 128 ? i : i - 256);
-  return table;
+// e4m3 whose bits are a lane's uppermost.
+INLAY_INLINE VecF float8_on_top(VecI bits) {
+  const VecI small = bits >> 4 & static_cast<int32_t>(0x87f00000);
+  const VecF value = (VecF)small * 0x1p120f;  // exponents' biases: 127 - 7
+  return (VecF)((VecI)value | ((small & 0x07f00000) == 0x07f00000));
 }
 
+// An input of a tile, as kLanes outputs' floats.
 template <Format format>
-constexpr Table kTable = make_table<format>();
-
-struct Places {
-  Place at[8][kCodeBlock];
-};
-
-template <Format format>
-constexpr Places make_places() {
-  Places places{};
-  for (int input = 0; input < (format == Format::kInt4 ? 8 : 4); ++input)
-    for (int output = 0; output < kCodeBlock; ++output)
-      places.at[input][output] = inlay::place(format, input, output);
-  return places;
-}
-
-template <Format format>
-constexpr Places kPlaces = make_places<format>();
-
-// Weights of the inputs [k, k + count) less their zero, as [count][32].
-template <Format format>
-static void widen(const uint8_t* codes, int64_t k, int64_t count, const float* zero, float* panel) {
-  constexpr int64_t kInputs = format == Format::kInt4 ? 8 : 4;
-  const float* values = kTable<format>.values;
-  for (int64_t i = k; i < k + count; ++i, panel += kCodeBlock) {
-    const uint8_t* tile = codes + i / kInputs * kTileBytes;
-    const Place* places = kPlaces<format>.at[i % kInputs];
-    for (int c = 0; c < kCodeBlock; ++c) {
-      const uint8_t bits = tile[places[c].byte] >> places[c].shift;
-      panel[c] = values[format == Format::kInt4 ? bits & 15 : bits] - zero[c];
-    }
+INLAY_INLINE VecF number(const uint8_t* tile, int input, int vec) {
+  if (format == Format::kFloat8) {
+    const VecI pairs = float8_pairs(tile, input / 2, vec);
+    return float8_on_top(input % 2 ? pairs : pairs << 8);
   }
+  const VecU bytes = load_as<VecU>(tile + vec * kLanes * 4);
+  if (format == Format::kIntegers)
+    return __builtin_convertvector((VecI)(bytes << (24 - 8 * input)) >> 24, VecF);
+  if (format == Format::kInt4)
+    return __builtin_convertvector((VecI)(bytes >> (input % 4 * 8 + input / 4 * 4) & 15), VecF);
+  return __builtin_convertvector((VecI)(bytes >> (8 * input) & 255) - 128, VecF);
+}
+
+// Inputs [k, k + count) of a block, group by group.
+struct Span {
+  int64_t k, count, group;
+};
+
+INLAY_INLINE Span span_at(const QuantizedProduct& p, int64_t k) {
+  const int64_t group = k / p.group_size, left = (group + 1) * p.group_size - k;
+  return {k, left < kPanel ? left : kPanel, group};
 }
 
 static void load_zeros(const QuantizedProduct& p, int64_t group, int64_t block, float* zeros) {
@@ -78,24 +67,6 @@ static void load_zeros(const QuantizedProduct& p, int64_t group, int64_t block, 
     store(zeros + i * kLanes, v);
   }
 }
-
-template <int Count>
-INLAY_NOINLINE static void dot(const float* x, int64_t stride, const float* panel, int64_t inputs,
-                               VecF (*sums)[kBlockVecs]) {
-  VecF total[Count][kBlockVecs] = {};
-  for (int64_t k = 0; k < inputs; ++k)
-    for (int r = 0; r < Count; ++r)
-      for (int i = 0; i < kBlockVecs; ++i)
-        total[r][i] += splat(x[r * stride + k]) * load(panel + k * kCodeBlock + i * kLanes);
-  for (int r = 0; r < Count; ++r)
-    for (int i = 0; i < kBlockVecs; ++i) sums[r][i] = total[r][i];
-}
-
-using Dot = void (*)(const float*, int64_t, const float*, int64_t, VecF (*)[kBlockVecs]);
-constexpr Dot kDots[8] = {dot<1>, dot<kDotRows < 2 ? kDotRows : 2>, dot<kDotRows < 3 ? 1 : 3>,
-                          dot<kDotRows < 4 ? 1 : 4>, dot<kDotRows < 5 ? 1 : 5>,
-                          dot<kDotRows < 6 ? 1 : 6>, dot<kDotRows < 7 ? 1 : 7>,
-                          dot<kDotRows < 8 ? 1 : 8>};
 
 // Adds a group's sums, or a part's, to a row's.
 INLAY_INLINE void accumulate(const QuantizedProduct& p, int64_t row, int64_t group, int64_t block,
@@ -113,37 +84,148 @@ INLAY_INLINE void accumulate(const QuantizedProduct& p, int64_t row, int64_t gro
   }
 }
 
+// One input's products, added to the sums of some rows.
+template <int Count>
+INLAY_INLINE void add_input(VecF (&sums)[Count][kVecs], const float* x, int64_t stride,
+                            const VecF (&w)[kVecs]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) add_product(sums[r][v], splat(x[r * stride]), w[v]);
+}
+
+template <Format format, int Count>
+INLAY_INLINE void add_coded(VecF (&sums)[Count][kVecs], const float* x, int64_t stride,
+                            const uint8_t* tile, int input, int first,
+                            const VecF (&zero)[kVecs]) {
+  VecF w[kVecs];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVecs; ++v) {
+    w[v] = number<format>(tile, input, first + v);
+    if (format == Format::kInt8 || format == Format::kInt4) w[v] -= zero[v];
+  }
+  add_input(sums, x + input, stride, w);
+}
+
+// Sums of a span that begins with a tile, for a block's vectors [first, first + kVecs).
+template <Format format, int Count>
+INLAY_NOINLINE static void dot_codes(const float* x, int64_t stride, const uint8_t* tile,
+                                     int64_t inputs, int first, const float* zeros,
+                                     VecF (*to)[kBlockVecs]) {
+  constexpr int kInputs = inlay::tile_inputs(format);
+  VecF sums[Count][kVecs] = {}, zero[kVecs];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVecs; ++v) zero[v] = load(zeros + (first + v) * kLanes);
+  for (; inputs >= kInputs; inputs -= kInputs, x += kInputs, tile += kTileBytes) {
+    if (kVecs < kBlockVecs) prefetch_step(tile);
+#pragma GCC unroll 8
+    for (int i = 0; i < kInputs; ++i) add_coded<format>(sums, x, stride, tile, i, first, zero);
+  }
+  for (int i = 0; i < inputs; ++i) add_coded<format>(sums, x, stride, tile, i, first, zero);
+#pragma GCC unroll 8
+  for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) to[r][first + v] = sums[r][v];
+}
+
+template <Format format, int Count>
+static void multiply_few(const QuantizedProduct& p, int64_t block, int64_t row) {
+  VecF totals[Count][kBlockVecs] = {}, sums[Count][kBlockVecs];
+  float zeros[kCodeBlock];
+  const int64_t stride = p.x_stride / static_cast<int64_t>(sizeof(float));
+  const float* x = reinterpret_cast<const float*>(p.x) + row * stride;
+  const uint8_t* codes = p.codes + block * inlay::block_bytes(format, p.in_features);
+  Span s;
+  for (int64_t k = 0; k < p.in_features; k += s.count) {
+    s = span_at(p, k);
+    load_zeros(p, s.group, block, zeros);
+    const uint8_t* tile = codes + k / inlay::tile_inputs(format) * kTileBytes;
+    for (int first = 0; first < kBlockVecs; first += kVecs)
+      dot_codes<format, Count>(x + k, stride, tile, s.count, first, zeros, sums);
+#pragma GCC unroll 8
+    for (int r = 0; r < Count; ++r)
+      accumulate(p, row + r, s.group, block, sums[r], totals[r]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Count; ++r) finish_row(p, row + r, block, totals[r]);
+}
+
+// Weights of a span less their zero, as [vectors / kVecs][inputs][kVecs].
 template <Format format>
-static void multiply_rows(const QuantizedProduct& p, int64_t block, int64_t first, int64_t count,
+static void widen(const uint8_t* codes, const Span& s, const float* zeros, float* panel) {
+  constexpr int64_t kInputs = inlay::tile_inputs(format);
+  for (int first = 0; first < kBlockVecs; first += kVecs)
+    for (int64_t i = s.k; i < s.k + s.count; ++i)
+      for (int v = first; v < first + kVecs; ++v, panel += kLanes) {
+        const uint8_t* tile = codes + i / kInputs * kTileBytes;
+        store(panel, number<format>(tile, static_cast<int>(i % kInputs), v) -
+                         load(zeros + v * kLanes));
+      }
+}
+
+template <int Count>
+INLAY_NOINLINE static void dot_panel(const float* x, int64_t stride, const float* panel,
+                                     int64_t inputs, int first, VecF (*to)[kBlockVecs]) {
+  VecF sums[Count][kVecs] = {};
+  for (int64_t k = 0; k < inputs; ++k, panel += kVecs * kLanes) {
+    VecF w[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) w[v] = load(panel + v * kLanes);
+    add_input(sums, x + k, stride, w);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) to[r][first + v] = sums[r][v];
+}
+
+using DotPanel = void (*)(const float*, int64_t, const float*, int64_t, int, VecF (*)[kBlockVecs]);
+constexpr DotPanel kDotPanel[8] = {dot_panel<1>, dot_panel<2>, dot_panel<3>,
+                                   dot_panel<4>, dot_panel<5>, dot_panel<6>,
+                                   dot_panel<kDotRows < 7 ? 1 : 7>,
+                                   dot_panel<kDotRows < 8 ? 1 : 8>};
+
+template <Format format>
+static void multiply_many(const QuantizedProduct& p, int64_t block, int64_t first, int64_t count,
                           float* panel) {
   VecF totals[kRowsAtATime][kBlockVecs] = {}, sums[kDotRows][kBlockVecs];
   float zeros[kCodeBlock];
   const int64_t stride = p.x_stride / static_cast<int64_t>(sizeof(float));
   const uint8_t* codes = p.codes + block * inlay::block_bytes(format, p.in_features);
-  int64_t inputs;
-  for (int64_t k = 0; k < p.in_features; k += inputs) {
-    const int64_t group = k / p.group_size, left = (group + 1) * p.group_size - k;
-    inputs = left < kPanel ? left : kPanel;
-    load_zeros(p, group, block, zeros);
-    widen<format>(codes, k, inputs, zeros, panel);
-    for (int64_t row = 0; row < count; row += kDotRows) {
-      const int64_t rows = count - row < kDotRows ? count - row : kDotRows;
+  Span s;
+  for (int64_t k = 0; k < p.in_features; k += s.count) {
+    s = span_at(p, k);
+    load_zeros(p, s.group, block, zeros);
+    widen<format>(codes, s, zeros, panel);
+    over_rows<kDotRows>(0, count, [&](int64_t row, int rows) {
       const float* x = reinterpret_cast<const float*>(p.x) + (first + row) * stride + k;
-      kDots[rows - 1](x, stride, panel, inputs, sums);
-      for (int64_t r = 0; r < rows; ++r)
-        accumulate(p, first + row + r, group, block, sums[r], totals[row + r]);
-    }
+      for (int v = 0; v < kBlockVecs; v += kVecs)
+        kDotPanel[rows - 1](x, stride, panel + v * kLanes * s.count, s.count, v, sums);
+      for (int r = 0; r < rows; ++r)
+        accumulate(p, first + row + r, s.group, block, sums[r], totals[row + r]);
+    });
   }
   for (int64_t row = 0; row < count; ++row) finish_row(p, first + row, block, totals[row]);
 }
 
 template <Format format>
 static void multiply_part(const QuantizedProduct& p, const Part& part) {
+  static constexpr void (*few[kFewRows])(const QuantizedProduct&, int64_t, int64_t) = {
+      multiply_few<format, 1>, multiply_few<format, 2>, multiply_few<format, 3>,
+      multiply_few<format, 4>};
+  const bool whole_tiles =
+      p.group_size == p.in_features || p.group_size % inlay::tile_inputs(format) == 0;
+  const int64_t rows = part.last_row - part.first_row;
+  if (rows <= kFewRows && whole_tiles) {
+    for (int64_t block = part.first_block; block < part.last_block; ++block)
+      few[rows - 1](p, block, part.first_row);
+    return;
+  }
   float panel[kPanel * kCodeBlock];
   for (int64_t row = part.first_row; row < part.last_row; row += kRowsAtATime) {
     const int64_t left = part.last_row - row, count = left < kRowsAtATime ? left : kRowsAtATime;
     for (int64_t block = part.first_block; block < part.last_block; ++block)
-      multiply_rows<format>(p, block, row, count, panel);
+      multiply_many<format>(p, block, row, count, panel);
   }
 }
 
@@ -158,7 +240,10 @@ void multiply(const QuantizedProduct& p, const Part& part) {
 
 bool takes(Format, DType, int64_t, int64_t) { return true; }
 
-int64_t row_bytes(Format, int64_t in_features, int64_t) { return in_features * sizeof(float); }
+// An odd number of cache lines: rows of a power of two would compete for a few places in L1.
+int64_t row_bytes(Format, int64_t in_features, int64_t) {
+  return ((in_features * int64_t{sizeof(float)} + 63) / 64 | 1) * 64;
+}
 
 void prepare(Format, const Rows& rows, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row)

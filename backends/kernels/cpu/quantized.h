@@ -20,7 +20,7 @@ enum class Format : int { kIntegers, kInt8, kInt4, kFloat8 };
 constexpr int64_t kCodeBlock = 32;
 constexpr int64_t kTileBytes = 128;
 
-static inline int64_t tile_inputs(Format format) { return format == Format::kInt4 ? 8 : 4; }
+static constexpr int64_t tile_inputs(Format format) { return format == Format::kInt4 ? 8 : 4; }
 
 static inline int64_t block_bytes(Format format, int64_t in_features) {
   const int64_t tile = tile_inputs(format);
@@ -98,6 +98,7 @@ extern const QuantizedKernels quantized_kernels;
 }
 namespace avx2 {
 extern const QuantizedKernels quantized_kernels;
+extern const ProductKernels product_kernels;
 }
 namespace avx512 {
 extern const QuantizedKernels quantized_kernels;

@@ -185,25 +185,20 @@ PreparedRows prepare_rows(const QuantizedProduct& p, DType dtype, const void* x,
 void multiply_all(const std::vector<QuantizedProduct>& products, const ProductKernels& kernels) {
   if (products.empty()) return;
   const QuantizedProduct& any = products[0];
-  const int64_t blocks = (any.out_features + kCodeBlock - 1) / kCodeBlock;
-  const int64_t at_once = rows_at_once(any.x_stride);
   struct Job {
     const QuantizedProduct* product;
     int64_t first, last;
   };
   std::vector<Job> jobs;
-  for (const QuantizedProduct& p : products)
-    for (int64_t row = 0; row < p.rows; row += at_once)
-      jobs.push_back({&p, row, std::min(p.rows, row + at_once)});
-  const int64_t grain = kBytesPerTask / block_bytes(any.format, any.in_features);
-  at::parallel_for(0, blocks * static_cast<int64_t>(jobs.size()), std::max<int64_t>(1, grain),
-                   [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end;) {
-      const Job& job = jobs[unit / blocks];
-      const int64_t block = unit % blocks, last = std::min(blocks, block + end - unit);
-      kernels.multiply(*job.product, {job.first, job.last, block, last});
-      unit += last - block;
-    }
+  for (const QuantizedProduct& p : products) {
+    const RowParts parts(p.rows, any.x_stride);
+    for (int64_t part = 0; part < parts.count; part++)
+      jobs.push_back({&p, parts.begin(part), parts.begin(part + 1)});
+  }
+  share_blocks(static_cast<int64_t>(jobs.size()), (any.out_features + kCodeBlock - 1) / kCodeBlock,
+               block_bytes(any.format, any.in_features),
+               [&](int64_t job, int64_t first, int64_t last) {
+    kernels.multiply(*jobs[job].product, {jobs[job].first, jobs[job].last, first, last});
   });
 }
 

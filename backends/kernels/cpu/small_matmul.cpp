@@ -1,12 +1,12 @@
+// By AVX-512's dot instructions.
 #include "small_matmul.h"
 
-#if defined(__AVX512BF16__)
 #include "dot_rows.h"
 
-#include <cpuid.h>
-
-namespace inlay {
 namespace {
+
+using inlay::kSmallMatmulBlock;
+using inlay::SmallMatmul;
 
 inline __m512 load_bias(const uint16_t* from) {
   const __m512i wide =
@@ -32,20 +32,8 @@ void multiply_block(const SmallMatmul& m, int64_t row, int64_t block) {
   }
 }
 
-}  // namespace
-
-bool small_matmul_supported() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-}
-
-bool has_bfloat16_tiles() {
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & 1u << 22);
-}
-
-void small_matmul(const SmallMatmul& m, int64_t first_row, int64_t last_row, int64_t first,
-                  int64_t last) {
+void multiply(const SmallMatmul& m, int64_t first_row, int64_t last_row, int64_t first,
+              int64_t last) {
   using Multiply = void (*)(const SmallMatmul&, int64_t, int64_t);
   static constexpr Multiply by_rows[kDotRows] = INLAY_BY_ROWS(multiply_block);
   for (int64_t block = first; block < last; block++)
@@ -54,31 +42,8 @@ void small_matmul(const SmallMatmul& m, int64_t first_row, int64_t last_row, int
     });
 }
 
-}  // namespace inlay
+}  // namespace
 
-#else  // another instruction set: oneDNN serves all sizes
-
-namespace inlay {
-bool small_matmul_supported() { return false; }
-bool has_bfloat16_tiles() { return false; }
-void small_matmul(const SmallMatmul&, int64_t, int64_t, int64_t, int64_t) {}
-}  // namespace inlay
-
-#endif
-
-namespace inlay {
-
-bool small_matmul_layout(const uint16_t* packed, const uint16_t* weight, int64_t in_features,
-                         int64_t first, int64_t last) {
-  uint16_t differ = 0;
-  const uint16_t* at = packed + first * kSmallMatmulBlock * in_features;
-  for (int64_t block = first; block < last && !differ; block++)
-    for (int64_t k = 0; k < in_features; k += 2)
-      for (int64_t n = 0; n < kSmallMatmulBlock; n++, at += 2) {
-        const uint16_t* row = weight + (block * kSmallMatmulBlock + n) * in_features + k;
-        differ |= (at[0] ^ row[0]) | (at[1] ^ row[1]);
-      }
-  return !differ;
+namespace inlay::INLAY_ISA {
+extern const MatmulKernel matmul_kernel = {false, multiply};
 }
-
-}  // namespace inlay

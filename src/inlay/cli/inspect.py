@@ -1,4 +1,5 @@
-"""`inlay inspect MODEL [-o report.html]`: how a model is lowered, what it costs to run."""
+"""`inlay inspect MODEL [-o report.html]`: how a model is lowered, what it costs to run; or
+`inlay inspect ARTIFACT`: what is in it, how large, where it came from, and whether it is whole."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SKIP = ("backend", "optimization_level", "verify", "quantization")
+SKIP = (
+    "backend", "optimization_level", "verify", "quantization", "library", "target", "fallback",
+)  # fmt: skip
 """Options of a build that mean nothing here: nothing is compiled, and every pass is checked."""
 
 
@@ -19,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="an artifact, a directory, a hub id (owner/name), or 'demo'")
     parser.add_argument("-o", "--output", help="write the report as one HTML page to this file")
     parser.add_argument(
-        "--check-weights", action="store_true", help="also compare an artifact's weights' hashes"
+        "--check-weights",
+        action="store_true",
+        help="also compare an artifact's weights' hashes; those of all else always are",
     )
     machine = parser.add_argument_group("roofline of the page; measured here where not given")
     machine.add_argument("--bandwidth", type=float, metavar="GB/s", help="memory bandwidth")
@@ -54,8 +59,9 @@ def collect(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any], str]:
     from inlay.engine import Engine, is_artifact
     from inlay.errors import OptionError
     from inlay.lowering.options import CompileOptions
+    from inlay.report.artifact import artifact_data, artifact_text
     from inlay.report.collect import of_artifact, of_model
-    from inlay.report.text import artifact_data, artifact_text, as_data, as_text
+    from inlay.report.text import as_data, as_text
 
     fields = CompileOptions.__dataclass_fields__
     given = {n: v for n in fields if (v := getattr(arguments, n, None)) is not None}
@@ -67,8 +73,9 @@ def collect(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any], str]:
                 "with `inlay build`"
             )
         engine = Engine.load(place, check_weights=arguments.check_weights)
-        data = artifact_data(engine)
-        return of_artifact(arguments.model, engine), data, artifact_text(data)
+        report = of_artifact(arguments.model, engine)
+        data = artifact_data(engine, report, arguments.check_weights)
+        return report, data, artifact_text(data)
     if place.is_dir() and not (place / "config.json").is_file():
         raise OptionError(
             f"directory {place} is not an Inlay artifact (it has no inlay.json) and not a Hugging "

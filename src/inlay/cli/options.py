@@ -61,9 +61,7 @@ def read_config(file: str, allowed: Sequence[str], texts: Collection[str]) -> di
     names = Counter(key.value for key, _ in tree.value)
     for name, count in names.items():
         if name not in allowed:
-            raise OptionError(
-                f"config {file}: unknown {name!r}; names are {', '.join(allowed)}"
-            )
+            raise OptionError(f"config {file}: unknown {name!r}; names are {', '.join(allowed)}")
         if count > 1:
             raise OptionError(f"config {file}: {name} is there {count} times; keep one")
     for name in texts:

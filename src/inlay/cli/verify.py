@@ -30,16 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-prompts", type=int, default=16, help="random prompts (16)")
     parser.add_argument("--max-tokens", type=int, default=32, help="tokens for each prompt (32)")
     parser.add_argument("--seed", type=int, default=0, help="of random ids and weights (0)")
+    parser.add_argument(
+        "--backends",
+        metavar="NAME,NAME",
+        help="run each of these, in place of --backend, and print one table",
+    )
     add_dataclass_arguments(parser, CompileOptions, skip=("verify", "quantization"))
 
 
 def run(arguments: argparse.Namespace) -> int:
     from inlay.cli.options import dataclass_from_arguments
     from inlay.engine import Engine
-    from inlay.lowering.loading import load_source
     from inlay.lowering.options import CompileOptions
     from inlay.verify import verify_model
-    from inlay.verify.source import random_source
     from inlay.verify.text import lines
 
     _check(arguments)
@@ -48,30 +51,45 @@ def run(arguments: argparse.Namespace) -> int:
         engine = Engine.load(arguments.artifact, check_weights=True)
         arguments.backend, arguments.dtype = engine.backend, engine.manifest["dtype"]
     options = dataclass_from_arguments(arguments, CompileOptions)
-    if arguments.random_weights:
-        source = random_source(
-            arguments.model,
-            options.dtype,
-            arguments.layers,
-            arguments.seed,
-            options.trust_remote_code,
-        )
-    else:
-        source = load_source(
-            arguments.model, options.dtype, trust_remote_code=options.trust_remote_code
-        )
-    report = verify_model(
-        source,
-        options,
-        engine=engine,
-        prompts=_token_ids(source, arguments.prompt),
-        num_prompts=arguments.num_prompts,
-        max_tokens=arguments.max_tokens,
-        seed=arguments.seed,
-        progress=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
-    )
+    source = _source(arguments, options)
+    workload = {
+        "prompts": _token_ids(source, arguments.prompt),
+        "num_prompts": arguments.num_prompts,
+        "max_tokens": arguments.max_tokens,
+        "seed": arguments.seed,
+        "progress": lambda line: print(f"  {line}", file=sys.stderr, flush=True),
+    }
+    if arguments.backends is not None:
+        return _several(arguments, source, options, workload)
+    report = verify_model(source, options, engine=engine, **workload)
     print(json.dumps(report.to_json()) if arguments.json else "\n".join(lines(report)))
     return 0 if report.ok else 1
+
+
+def _several(arguments: argparse.Namespace, source: Any, options: Any, workload: Any) -> int:
+    """Status 1 where one is wrong, else 2 where one could not be run."""
+    from inlay.verify.backends import table, verify_backends
+
+    names = [name.strip() for name in arguments.backends.split(",")]
+    rows = verify_backends(source, options, names, arguments.artifact, **workload)
+    verdicts = [None if row.report is None else row.report.ok for row in rows]
+    if arguments.json:
+        facts = [row.to_json() for row in rows]
+        print(json.dumps({"ok": all(verdicts), "backends": facts}))
+    else:
+        print("\n".join(table(rows)))
+    return 1 if False in verdicts else ERROR_STATUS if None in verdicts else 0
+
+
+def _source(arguments: argparse.Namespace, options: Any) -> Any:
+    from inlay.lowering.loading import load_source
+    from inlay.verify.source import random_source
+
+    trusted = options.trust_remote_code
+    if not arguments.random_weights:
+        return load_source(arguments.model, options.dtype, trust_remote_code=trusted)
+    given = arguments.layers, arguments.seed
+    return random_source(arguments.model, options.dtype, *given, trusted)
 
 
 def _check(arguments: argparse.Namespace) -> None:

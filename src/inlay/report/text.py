@@ -1,4 +1,4 @@
-"""The report's facts as text for a terminal, and as data for `--json`."""
+"""A model's facts as text for a terminal, and as data for `--json`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from inlay.engine import Engine
-from inlay.eval.report import summary
 from inlay.report.facts import PassFacts, Report
 from inlay.report.page import numbers, quantity
 
@@ -37,7 +35,7 @@ def as_text(report: Report) -> str:
             f"soft-cap {step.softcap or 'none'}"
         )
     lines.append("  error against Hugging Face: " + pairs(report.errors, "{:.1e}"))
-    lines += _pass_lines(report.passes)
+    lines += pass_lines(report.passes)
     for cost in report.costs:
         lines.append(
             f"  {cost.workload.name}: {quantity(cost.flops, 'FLOP')}, weights "
@@ -46,52 +44,7 @@ def as_text(report: Report) -> str:
     return "\n".join(lines)
 
 
-def artifact_data(engine: Engine) -> dict[str, Any]:
-    """The facts of an artifact, from its manifest and program."""
-    manifest, program = engine.manifest, engine.artifact.program
-    calls = [step.segment for step in program.segment_steps]
-    sizes = {name: facts["size"] for name, facts in manifest["files"].items()}
-    return {
-        "path": str(engine.path),
-        **{
-            key: manifest[key]
-            for key in ("inlay", "architecture", "backend", "dtype", "packages", "limits")
-        },
-        "target": manifest["target"],
-        "errors": manifest["errors"],
-        "phases": manifest["phases"],
-        "passes": manifest["passes"],
-        "segments": {key: calls.count(key) for key in program.segment_keys},
-        "attention_layers": len(program.attention_steps),
-        "windows": sorted({step.window for step in program.attention_steps}),
-        "weight_bytes": sum(size for name, size in sizes.items() if name.endswith(".safetensors")),
-        "code_bytes": sum(size for name, size in sizes.items() if name.startswith("segments/")),
-        "rebuild": manifest["rebuild"],
-        "evaluations": engine.evaluations,
-    }
-
-
-def artifact_text(facts: dict[str, Any]) -> str:
-    """The same, line by line."""
-    uses = ", ".join(f"{key} x {count}" for key, count in facts["segments"].items())
-    weights, code = facts["weight_bytes"] / 1e6, facts["code_bytes"] / 1e6
-    lines = [
-        f"{facts['path']}: {facts['architecture']}, {facts['dtype']}, {facts['backend']}",
-        f"  made by inlay {facts['inlay']} with " + pairs(facts["packages"]),
-        "  target: " + (pairs(facts["target"]) or "runs anywhere"),
-        "  limits: " + pairs(facts["limits"]),
-        f"  weights: {weights:.1f} MB, code {code:.1f} MB",
-        f"  attention layers: {facts['attention_layers']}, windows {facts['windows']}",
-        f"  segments: {uses}",
-        "  error against Hugging Face: " + pairs(facts["errors"], "{:.1e}"),
-        *[f"  evaluation: {summary(one)}" for one in facts["evaluations"]],
-        *_pass_lines(PassFacts.of(one) for one in facts["passes"]),
-        "  phases, s: " + pairs(facts["phases"]),
-    ]
-    return "\n".join(lines)
-
-
-def _pass_lines(passes: Iterable[PassFacts]) -> list[str]:
+def pass_lines(passes: Iterable[PassFacts]) -> list[str]:
     lines = ["  passes:"]
     for done in passes:
         due = "" if done.expected is None else f" of {done.expected}"

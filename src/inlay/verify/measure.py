@@ -24,23 +24,26 @@ class Distance:
     """How far logits are from Hugging Face's in float32, over many rows.
 
     rms: root mean square of the difference over that of the reference. kl_mean, kl_max: KL
-    divergence KL(reference || logits) of the rows, in nats.
+    divergence KL(reference || logits) of the rows, in nats. largest: difference of one logit.
     """
 
     rms: float
     kl_mean: float
     kl_max: float
+    largest: float
 
 
 @dataclass
 class Measured:
     """ours: the engine. hugging_face: Hugging Face in the engine's dtype, None where that is
-    float32. row_errors: for each request the relative RMS error of each of its rows."""
+    float32. row_errors: for each request the relative RMS error of each of its rows. num_greedy:
+    requests whose tokens are all those of Hugging Face's own greedy search in float32."""
 
     ours: Distance
     hugging_face: Distance | None
     tokens: TokenComparison
     row_errors: list[list[float]]
+    num_greedy: int = 0
 
 
 @dataclass
@@ -54,10 +57,13 @@ class _Sums:
     reference: float = 0.0
     differences: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
+    largest: float = 0.0
 
     def add(self, reference: torch.Tensor, logits: torch.Tensor) -> list[float]:
         """Count rows [n, vocab]; returns each row's relative RMS error."""
         exact, other = reference.double(), logits.double()
+        largest = float((exact - other).abs().max())
+        self.largest = max(self.largest, largest)
         differences, squares = (exact - other).square().sum(-1), exact.square().sum(-1)
         self.differences += differences.tolist()
         self.reference += float(squares.sum())
@@ -72,9 +78,10 @@ class _Sums:
             for rows in (self.differences, self.divergences)
         )
         if bool(differences.isnan().any()):
-            return Distance(*[float("nan")] * 3)
+            return Distance(*[float("nan")] * 4)
         rms = float(differences[:kept].sum() * len(differences) / kept / self.reference) ** 0.5
-        return Distance(rms, float(divergences[:kept].mean()), float(divergences[-1]))
+        kl_mean, kl_max = float(divergences[:kept].mean()), float(divergences[-1])
+        return Distance(rms, kl_mean, kl_max, self.largest)
 
 
 @torch.inference_mode()
@@ -99,10 +106,13 @@ def measure(run: Run, model: PreTrainedModel, max_seq_len: int) -> Measured:
     # A near tie is one for logits that are right: no excuse grows with what is wrong.
     allowed = FLOAT32_TOLERANCE if other is None else NOISE_FACTOR * other.rms
     error = distance.rms if distance.rms <= allowed else allowed
-    tokens = TokenComparison(0, 0, 0)
+    tokens, num_greedy = TokenComparison(0, 0, 0), 0
     for request, reference in zip(run.requests, references, strict=True):
-        tokens = count_tokens(torch.tensor(request.tokens), reference, error) + tokens
-    return Measured(distance, other, tokens, row_errors)
+        counted = count_tokens(torch.tensor(request.tokens), reference, error)
+        # Up to the first other token the texts are one, so equal choices make an equal text.
+        num_greedy += counted.num_equal == counted.num_tokens
+        tokens = counted + tokens
+    return Measured(distance, other, tokens, row_errors, num_greedy)
 
 
 def _logits(model: PreTrainedModel, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
