@@ -105,7 +105,7 @@ class BuildSettings:
     """What a backend needs to know to compile segments.
 
     progress: called with a line of text when a part of the build ends. origin: the model's name,
-        noted beside what is cached. library, target, fallback: see `CompileOptions`.
+        noted beside what is cached. library, target, fallback, whole: see `CompileOptions`.
     """
 
     limits: ModelLimits
@@ -115,10 +115,17 @@ class BuildSettings:
     library: str = "auto"
     target: str = "auto"
     fallback: str = "none"
+    whole: bool = False
 
 
-BACKEND_OPTIONS = ("library", "target", "fallback")
-"""Options that only some backends have: fields of `BuildSettings` and of `CompileOptions`."""
+BACKEND_OPTIONS = {
+    "library": "tensorrt",
+    "target": "tensorrt",
+    "fallback": "tensorrt",
+    "whole": "onnxruntime",
+}
+"""Options that one backend alone has, with its name: fields of `BuildSettings` and of
+`CompileOptions`."""
 
 
 class Checkable(NamedTuple):

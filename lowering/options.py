@@ -49,6 +49,8 @@ class CompileOptions:
         "sm89", "sm120", "sm121"; "auto" is sm80 and later.
     fallback: of the backend "tensorrt": "inductor" lets Inductor run what TensorRT cannot take;
         "none" refuses such a model.
+    whole: of the backend "onnxruntime": also write the whole model as one standard ONNX file,
+        model.onnx, for other runtimes: one request, its keys and values as inputs and outputs.
     """
 
     backend: str = "inductor"
@@ -64,6 +66,7 @@ class CompileOptions:
     library: str = AUTO
     target: str = AUTO
     fallback: str = NONE
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.dtype, torch.dtype):
@@ -79,11 +82,12 @@ class CompileOptions:
         _one_of("library", self.library, (AUTO, *LIBRARIES))
         _one_of("target", self.target, TARGETS)
         _one_of("fallback", self.fallback, (NONE, "inductor"))
-        for name in BACKEND_OPTIONS:
+        _one_of("whole", self.whole, (False, True))
+        for name, backend in BACKEND_OPTIONS.items():
             value, default = getattr(self, name), getattr(CompileOptions, name)
-            if self.backend != "tensorrt" and value != default:
+            if self.backend != backend and value != default:
                 raise OptionError(
-                    f"{name} is an option of backend='tensorrt'; backend {self.backend!r} has "
+                    f"{name} is an option of backend={backend!r}; backend {self.backend!r} has "
                     f"none, got {value!r}: leave it out"
                 )
         for name, least in (("max_seq_len", 2), ("max_num_tokens", 2), ("max_num_seqs", 1)):

@@ -33,19 +33,30 @@ ELEMENTS = {"float32": 1, "float16": 10, "bfloat16": 16}
 BFLOAT16 = 16
 
 
-def whole_model(
-    program: Program, segments: Mapping[str, onnx.ModelProto], directory: Path
-) -> onnx.ModelProto:
-    """The model over an artifact's directory, which has its weights.
-
-    Raises UnsupportedModelError for an encoder, which has no cache.
-    """
-    import onnx
-
+def check_whole(program: Program) -> None:
+    """Raises UnsupportedModelError for an encoder, which has no cache."""
     if program.is_encoder:
         raise UnsupportedModelError(
             "whole=True is for decoders: an encoder has no cache of keys and values; leave it out"
         )
+
+
+def write_whole(program: Program, segments: Mapping[str, bytes], directory: Path) -> None:
+    """The model, checked, into an artifact's directory, which has its weights."""
+    import onnx
+
+    models = {key: onnx.load_from_string(data) for key, data in segments.items()}
+    path = directory / FILE
+    path.write_bytes(whole_model(program, models, directory).SerializeToString())
+    onnx.checker.check_model(str(path))
+
+
+def whole_model(
+    program: Program, segments: Mapping[str, onnx.ModelProto], directory: Path
+) -> onnx.ModelProto:
+    """The model over an artifact's directory; segments by key, as `convert.py` makes them."""
+    import onnx.inliner
+
     whole = onnx.ModelProto(ir_version=next(iter(segments.values())).ir_version)
     domains = {o.domain: o.version for m in segments.values() for o in m.opset_import}
     for domain, version in {**domains, "": OPSET}.items():

@@ -24,6 +24,7 @@ from inlay.backends.kernels.cpu_ops import load_ops
 from inlay.backends.model import AttentionOp, ProgramModel
 from inlay.backends.onnx.cached import MODEL, convert_segments
 from inlay.backends.onnx.packages import require
+from inlay.backends.onnx.whole import check_whole, write_whole
 from inlay.backends.onnxruntime.sessions import (
     CPU,
     CUDA,
@@ -54,6 +55,8 @@ class OnnxRuntimeBackend(Backend):
         self, program: Program, segments: Mapping[str, GraphModule], settings: BuildSettings
     ) -> None:
         """Convert every segment: what cannot be said in ONNX is found before anything is built."""
+        if settings.whole:
+            check_whole(program)
         provider = offered_providers(BuildError)[0]
         if provider == CPU and program.dtype == "bfloat16":
             raise OptionError(
@@ -78,7 +81,7 @@ class OnnxRuntimeBackend(Backend):
         directory: Path,
         settings: BuildSettings,
     ) -> dict[str, Any]:
-        """Write what `check` made."""
+        """Write what `check` made, and of it the whole model where it is asked for."""
         import onnxruntime
 
         for key in segments:
@@ -89,8 +92,16 @@ class OnnxRuntimeBackend(Backend):
         settings.progress(
             f"{self._num_converted} converted, {len(segments) - self._num_converted} from the cache"
         )
+        if settings.whole:
+            write_whole(program, self._models, directory.parent)
         here = {"provider": provider, "onnxruntime": onnxruntime.__version__, **_platform(provider)}
         return {**here, "num_converted": self._num_converted}
+
+    def refit(self, directory: Path, program: Program, settings: BuildSettings) -> None:
+        """The whole model says where in the weights' files each one lies."""
+        if settings.whole:
+            places = {key: directory / "segments" / key / MODEL for key in program.segment_keys}
+            write_whole(program, {k: path.read_bytes() for k, path in places.items()}, directory)
 
     def load(self, artifact: Artifact) -> ProgramModel:
         """A session for each segment step; weights that are not packed stay memory-mapped."""

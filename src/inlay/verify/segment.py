@@ -176,7 +176,7 @@ def _build_exposed(
     options = manifest["options"]
     chosen = {name: options[name] for name in BACKEND_OPTIONS if name in options}
     level = options["optimization_level"]
-    settings = BuildSettings(limits, level, lambda line: None, **chosen)
+    settings = BuildSettings(limits, level, lambda line: None, **{**chosen, "whole": False})
     backend = get_backend(engine.backend)
     steps = list(engine.artifact.program.steps)
     call = steps[index]
