@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.fx import GraphModule
@@ -105,13 +105,39 @@ class BuildSettings:
     """What a backend needs to know to compile segments.
 
     progress: called with a line of text when a part of the build ends. origin: the model's name,
-        noted beside what is cached.
+        noted beside what is cached. library, target, fallback, whole: see `CompileOptions`.
     """
 
     limits: ModelLimits
     optimization_level: int
     progress: Callable[[str], None]
     origin: str = ""
+    library: str = "auto"
+    target: str = "auto"
+    fallback: str = "none"
+    whole: bool = False
+
+
+BACKEND_OPTIONS = {
+    "library": "tensorrt",
+    "target": "tensorrt",
+    "fallback": "tensorrt",
+    "whole": "onnxruntime",
+}
+"""Options that one backend alone has, with its name: fields of `BuildSettings` and of
+`CompileOptions`."""
+
+
+class Checkable(NamedTuple):
+    """What a finished build is compared with Hugging Face by.
+
+    what: it in words, for the manifest. is_engine: False where the engine cannot run here, so that
+    something else runs what it was made of.
+    """
+
+    model: LoadedModel
+    what: str
+    is_engine: bool = True
 
 
 class Backend(Protocol):
@@ -122,8 +148,10 @@ class Backend(Protocol):
     def prepare(self) -> None:
         """Begin, in the background, what a build needs whatever the model; errors come in check."""
 
-    def check(self, program: Program, settings: BuildSettings) -> None:
-        """Raise, before anything is built, for what this backend cannot lower or run here.
+    def check(
+        self, program: Program, segments: Mapping[str, GraphModule], settings: BuildSettings
+    ) -> None:
+        """Raise, before anything is built, for what this backend cannot lower here.
 
         Raises:
             UnsupportedModelError, OptionError: the program or an option is the matter.
@@ -131,13 +159,24 @@ class Backend(Protocol):
         """
 
     def build(
-        self, segments: Mapping[str, GraphModule], directory: Path, settings: BuildSettings
+        self,
+        program: Program,
+        segments: Mapping[str, GraphModule],
+        directory: Path,
+        settings: BuildSettings,
     ) -> dict[str, Any]:
         """Compile each segment into files under directory/KEY/; returns what the manifest's
-        target must say so that loading elsewhere can be refused, {} for "runs anywhere"."""
+        target must say so that loading elsewhere can be refused, {} for "runs anywhere".
+
+        directory is the artifact's segments/; its weights lie beside it already.
+        """
 
     def load(self, artifact: Artifact) -> LoadedModel:
         """A model ready to run; raises ArtifactError where the artifact does not fit here."""
+
+    def load_to_check(self, artifact: Artifact) -> Checkable:
+        """The same after a build, or what stands in for it where the engine cannot run here."""
+        return Checkable(self.load(artifact), f"the {self.name} engine")
 
     def weight_files(self, directory: Path) -> list[Path]:
         """Files below an artifact's directory that hold weights, beside weights/: `prune` leaves
@@ -147,3 +186,4 @@ class Backend(Protocol):
     def refit(self, directory: Path, program: Program, settings: BuildSettings) -> None:
         """Make `weight_files` again, of what an artifact's directory has: the build's other files
         and new weights (`WeightReader(directory)`); there is no manifest yet."""
+        return

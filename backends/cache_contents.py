@@ -17,9 +17,10 @@ from pathlib import Path
 from inlay.backends.atomic import is_alive
 from inlay.backends.cache import BUILDING, FACTS, cache_dir
 
-KINDS = ("segments", "ops", "staging", "references")
+KINDS = ("segments", "ops", "staging", "references", "tensorrt")
 """Compiled segments, libraries of C++ ops, engines that were compiled but not yet saved, and what
-Hugging Face gave for the texts of `inlay eval`."""
+Hugging Face gave for the texts of `inlay eval`; of TensorRT, kernels compiled for this machine's
+GPUs and which engines were right on them."""
 
 _OWNED = re.compile(rf"(?:{re.escape(BUILDING)}|engine-)(?P<host>.+)-(?P<pid>\d+)-[^-]+")
 """Directories named by `temporary_directory`."""

@@ -9,6 +9,8 @@ from inlay.errors import OptionError
 
 BACKENDS = {
     "inductor": "inlay.backends.inductor.backend:InductorBackend",
+    "onnxruntime": "inlay.backends.onnxruntime.backend:OnnxRuntimeBackend",
+    "tensorrt": "inlay.backends.tensorrt.backend:TensorRTBackend",
     "eager": "inlay.backends.eager.backend:EagerBackend",
 }
 

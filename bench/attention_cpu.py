@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from inlay.backends.inductor.backend import CpuAttention
+from inlay.backends.kernels.cpu_attention import CpuAttention
 from inlay.backends.program import AttentionStep
 from inlay.bench.roofline import product_rate, read_bandwidth
 from inlay.passes.kv_formats import KV_CACHE_DTYPES, vector_nbytes

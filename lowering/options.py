@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from inlay.backends.base import BACKEND_OPTIONS
 from inlay.backends.select import BACKENDS
+from inlay.backends.tensorrt.library import AUTO, LIBRARIES, TARGETS
 from inlay.errors import OptionError
 from inlay.passes.quantize.config import NONE, parse_quantization
 
@@ -23,7 +25,9 @@ DEFAULT_MAX_SEQ_LEN = 4096
 class CompileOptions:
     """Options of `compile_model` and `inlay build`.
 
-    backend: what runs the segments: "inductor" (compiled) or "eager" (the reference).
+    backend: what runs the segments: "inductor" (compiled), "onnxruntime" (its kernels for CPUs, or
+        for CUDA where onnxruntime-gpu is installed), "tensorrt" (engines for GPUs) or "eager" (the
+        reference).
     dtype: "float32", "bfloat16" or "float16", of weights, activations and KV cache; "auto" takes
         the checkpoint's.
     max_seq_len: tokens of one request, prompt and output together; None takes the model's.
@@ -39,6 +43,14 @@ class CompileOptions:
         the finished engine; "pass" also the graph after each pass, naming the first that errs.
     trust_remote_code: run Python code that comes with a checkpoint (auto_map in its config); read
         it first. Without it such a checkpoint is refused, or run by transformers' own class.
+    library: of the backend "tensorrt": "tensorrt_rtx" or "tensorrt"; "auto" takes the first of
+        them that is installed.
+    target: of the backend "tensorrt", the GPUs that the engines are for: "sm75", "sm80", "sm86",
+        "sm89", "sm120", "sm121"; "auto" is sm80 and later.
+    fallback: of the backend "tensorrt": "inductor" lets Inductor run what TensorRT cannot take;
+        "none" refuses such a model.
+    whole: of the backend "onnxruntime": also write the whole model as one standard ONNX file,
+        model.onnx, for other runtimes: one request, its keys and values as inputs and outputs.
     """
 
     backend: str = "inductor"
@@ -51,6 +63,10 @@ class CompileOptions:
     optimization_level: int = 0
     verify: str = "engine"
     trust_remote_code: bool = False
+    library: str = AUTO
+    target: str = AUTO
+    fallback: str = NONE
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.dtype, torch.dtype):
@@ -63,6 +79,17 @@ class CompileOptions:
         _one_of("optimization_level", self.optimization_level, (0, 1, 2, 3))
         _one_of("verify", self.verify, VERIFY)
         _one_of("trust_remote_code", self.trust_remote_code, (False, True))
+        _one_of("library", self.library, (AUTO, *LIBRARIES))
+        _one_of("target", self.target, TARGETS)
+        _one_of("fallback", self.fallback, (NONE, "inductor"))
+        _one_of("whole", self.whole, (False, True))
+        for name, backend in BACKEND_OPTIONS.items():
+            value, default = getattr(self, name), getattr(CompileOptions, name)
+            if self.backend != backend and value != default:
+                raise OptionError(
+                    f"{name} is an option of backend={backend!r}; backend {self.backend!r} has "
+                    f"none, got {value!r}: leave it out"
+                )
         for name, least in (("max_seq_len", 2), ("max_num_tokens", 2), ("max_num_seqs", 1)):
             value = getattr(self, name)
             if value is None and name == "max_seq_len":

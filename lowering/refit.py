@@ -26,7 +26,7 @@ from inlay.backends.artifact import (
     write_weights,
 )
 from inlay.backends.atomic import Claim, claimed
-from inlay.backends.base import BuildSettings, ModelLimits
+from inlay.backends.base import ModelLimits
 from inlay.backends.prune import copy_without, describe, files_with_weights
 from inlay.backends.select import get_backend
 from inlay.errors import ModelLoadError
@@ -35,7 +35,6 @@ from inlay.lowering.export import Captured
 from inlay.lowering.guards import (
     References,
     check_capture,
-    check_engine,
     every_row,
     packed_check,
     reference_logits,
@@ -46,6 +45,8 @@ from inlay.lowering.partition import partition
 from inlay.lowering.pipeline import (
     Phases,
     Progress,
+    build_settings,
+    check_build,
     quantize,
     rebuild_command,
     weights_of,
@@ -124,17 +125,14 @@ class _Refit:
             gc.collect()  # modules lie in reference cycles, their weights with them
             with self.phase("code"):
                 backend = get_backend(self.artifact.manifest["backend"])
-                level = self.options.optimization_level
-                settings = BuildSettings(self.limits, level, self.progress, origin=name)
+                settings = build_settings(self.limits, self.options, self.progress, name)
                 backend.refit(directory, self.artifact.program, settings)
             manifest = self._manifest(directory, name)
             if self.options.verify != "capture":
                 with self.phase("verify"):
                     write_manifest(directory, manifest)
-                    loaded = backend.load(Artifact(directory))
-                    what = f"the {backend.name} engine"
-                    self.errors["engine"] = check_engine(loaded, references, what)
-                    del loaded
+                    checked = check_build(backend, directory, references, self.errors)
+                    manifest["checked"] = checked
             manifest |= {"errors": self.errors, "phases": self.phase.seconds}
             write_manifest(directory, manifest)
 

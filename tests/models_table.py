@@ -15,7 +15,9 @@ from tests.toys import ARCHITECTURES, ENCODERS, MULTIMODAL, REFUSED
 
 Row = dict[str, Any]
 Rows = dict[tuple[str, str], Row]
-"""(name of the configuration, column) -> what was seen; columns: eager, inductor, bfloat16."""
+"""(name of the configuration, column) -> what was seen; columns: those of COLUMNS, bfloat16."""
+
+COLUMNS = {"eager": "eager", "inductor": "inductor", "onnxruntime": "ONNX Runtime"}
 
 HEAD = """# Architectures
 
@@ -74,11 +76,12 @@ def _tokens(columns: dict[str, Row]) -> bool:
 
 
 def _table(names: list[str], by_name: dict[str, dict[str, Row]]) -> str:
-    titles = "configuration", "matches", "eager error", "tokens", "inductor error", "tokens"
+    titles = ["configuration", "matches"]
+    titles += [title for name in COLUMNS.values() for title in (f"{name} error", "tokens")]
     lines = [f"| {' | '.join((*titles, 'bf16 RMS', 'KL'))} |", "|---" * (len(titles) + 2) + "|"]
     for name in names:
         cells = [name]
-        for column in ("eager", "inductor"):
+        for column in COLUMNS:
             row = by_name[name].get(column, {})
             if column == "eager":
                 cells.append(_matches(row))

@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule
 
 from inlay.backends.eager.backend import ReferenceAttention
-from inlay.backends.inductor.backend import CpuAttention
+from inlay.backends.kernels.cpu_attention import CpuAttention
 from inlay.backends.model import ProgramModel
 from inlay.lowering import attention, export, guards, partition, pipeline, rope
 from inlay.passes import (

@@ -1,9 +1,9 @@
 """Every architecture through the whole pipeline: Hugging Face's tokens, in ragged, mixed and
 chunked batches, by models that can tell right from wrong.
 
-By default all of them run on the eager backend in float32, and some unlike ones on Inductor and
-in bfloat16; the rest are marked slow. `pytest tests/test_architectures.py -m "slow or not slow"
---models-table docs/models.md` runs everything and writes the table of what was seen.
+By default all of them run on the eager backend in float32, and some unlike ones on Inductor, on
+ONNX Runtime and in bfloat16; the rest are marked slow. `pytest tests/test_architectures.py -m "slow
+or not slow" --models-table docs/models.md` runs everything and writes the table of what was seen.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ UNLIKE = (
 """Run on Inductor by default: windows, unequal KV heads, experts, chunks, ALiBi, attention found in
 the graph, parallel blocks, interleaved RoPE. Sinks are in test_runtime_equality.py."""
 
+IN_ONNX = ("gemma2", "deepseek_v3")
+"""Run on ONNX Runtime by default: norms with an offset and soft-caps; experts, interleaved RoPE."""
+
 
 LONG_TRACES = ("qwen3_next", "mamba2", "bamba")
 """Linear attention is traced as a long loop, for minutes."""
@@ -56,10 +59,15 @@ def slow_but(names: Iterable[str], quick: Container[str]) -> list[Any]:
     ]
 
 
-def on_backends(names: Sequence[str], unlike: tuple[str, ...]) -> Any:
-    cases = [pytest.param("eager", name, id=f"eager-{name}") for name in names]
-    for name, case in zip(names, slow_but(names, unlike), strict=True):
-        cases.append(pytest.param("inductor", name, id=f"inductor-{name}", marks=case.marks))
+def on_backends(
+    names: Sequence[str], unlike: tuple[str, ...], in_onnx: tuple[str, ...] = ()
+) -> Any:
+    quick = {"eager": names, "inductor": unlike, "onnxruntime": in_onnx}
+    cases = [
+        pytest.param(backend, name, id=f"{backend}-{name}", marks=case.marks)
+        for backend, some in quick.items()
+        for name, case in zip(names, slow_but(names, some), strict=True)
+    ]
     return pytest.mark.parametrize(("backend", "name"), cases)
 
 
@@ -85,7 +93,7 @@ def check_passes(engine: Engine) -> list[dict[str, Any]]:
     return reports
 
 
-@on_backends([*ARCHITECTURES, *MULTIMODAL], UNLIKE)
+@on_backends([*ARCHITECTURES, *MULTIMODAL], UNLIKE, IN_ONNX)
 def test_tokens_are_those_of_hugging_face(backend: str, name: str, models_table: Record) -> None:
     with models_table(name, backend) as row:
         model = build_toy(name)

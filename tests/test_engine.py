@@ -22,7 +22,6 @@ from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from inlay import LLM, CompileOptions, Engine, SamplingParams, compile_model
-from inlay.backends.atomic import claimed
 from inlay.engine import build, is_artifact
 from inlay.errors import (
     ArtifactError,
@@ -123,16 +122,6 @@ def test_generation_configs_that_contradict_themselves_are_kept() -> None:
     engine = compile_model(model, "eager", verify="capture")
     kept = engine.generation_config
     assert (kept["do_sample"], kept["temperature"], kept["eos_token_id"]) == (False, 0.5, [3, 4])
-
-
-def test_a_build_into_a_directory_that_is_being_written(tmp_path: Path) -> None:
-    """Refused before any work: the model is not even looked at."""
-    with (
-        claimed(tmp_path / "engine"),
-        pytest.raises(BuildError, match=r"engine is being written by process \d+ just now"),
-    ):
-        build("no/such/model", tmp_path / "engine", EAGER)
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- verification ----------------------------------------------------------------------------
@@ -338,7 +327,7 @@ def test_an_artifact_replaces_an_artifact(engine: Engine, tmp_path: Path) -> Non
 def test_backends_that_an_artifact_does_not_have(engine: Engine) -> None:
     with pytest.raises(OptionError, match=r"backend must be one of eager for the artifact .*got"):
         Engine.load(engine.path, backend="inductor")
-    with pytest.raises(OptionError, match="backend must be one of inductor, eager, got 'magic'"):
+    with pytest.raises(OptionError, match=r"backend must be one of .*, eager, got 'magic'"):
         Engine.load(engine.path, backend="magic")
     with pytest.raises(ArtifactError, match="is not an Inlay artifact"):
         Engine.load(engine.path / "model")
@@ -379,10 +368,7 @@ def test_two_processes_build_one_target(tmp_path: Path) -> None:
         builder.stdin.flush()
     for builder in builders:
         errors.append(builder.communicate(timeout=120)[1])
-    codes = [builder.returncode for builder in builders]
-    assert 0 in codes, errors
-    for code, builder, said in zip(codes, reversed(builders), errors, strict=True):
-        assert code == 0 or f"is being written by process {builder.pid} just now" in said, said
+    assert [builder.returncode for builder in builders] == [0, 0], errors
     assert [path.name for path in target.parent.iterdir()] == ["engine"]
     assert Engine.load(target, check_weights=True).manifest["architecture"] == "llama"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from inlay import LLM, SamplingParams
-from inlay.backends.inductor.backend import CpuAttention
+from inlay.backends.kernels.cpu_attention import CpuAttention
 from inlay.backends.kernels.cpu_ops import load_ops
 from inlay.backends.model import ProgramModel
 from inlay.errors import RequestError, UnsupportedModelError, VerificationError

@@ -71,11 +71,17 @@ class EagerBackend(Backend):
     def prepare(self) -> None:
         """Nothing is needed."""
 
-    def check(self, program: Program, settings: BuildSettings) -> None:
+    def check(
+        self, program: Program, segments: Mapping[str, GraphModule], settings: BuildSettings
+    ) -> None:
         """Anything that was captured can be interpreted."""
 
     def build(
-        self, segments: Mapping[str, GraphModule], directory: Path, settings: BuildSettings
+        self,
+        program: Program,
+        segments: Mapping[str, GraphModule],
+        directory: Path,
+        settings: BuildSettings,
     ) -> dict[str, Any]:
         """Nothing to compile: the artifact's own graphs are what runs."""
         return {}

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,15 @@ from inlay.backends.inductor.compile import Packing, inductor_config, packed_wei
 from inlay.backends.inductor.invariance import make_batch_invariant
 from inlay.backends.inductor.native import NativeLoop
 from inlay.backends.inductor.workers import Job, compile_jobs
-from inlay.backends.kernels.cpu_ops import INTERFACE, build_ops, load_ops
-from inlay.backends.kernels.kv_layout import key_width
-from inlay.backends.kv_caches import LayerCache
+from inlay.backends.kernels.cpu_attention import OPS, CpuAttention, OpsBuild
+from inlay.backends.kernels.cpu_ops import INTERFACE, load_ops
 from inlay.backends.model import ProgramModel
-from inlay.backends.program import AttentionStep, Program
+from inlay.backends.program import Program
+from inlay.backends.segment_arguments import example_arguments
 from inlay.errors import ArtifactError
-from inlay.passes.kv_formats import make_scales
 from inlay.passes.ops import REFERENCES
 
 PACKAGE = "inductor.pt2"
-OPS = "segments/inlay_cpu.so"
 INSTRUCTION_SETS = (
     "sse",
     "ssse",
@@ -53,67 +50,30 @@ INSTRUCTION_SETS = (
 """Prefixes of the CPU flags that decide whether code compiled for this very CPU runs elsewhere."""
 
 
-class CpuAttention:
-    """`inlay_cpu::paged_attention`, with its layout; a cache of another dtype than the model's goes
-    through `paged_attention_converted`."""
-
-    def allocate(
-        self, step: AttentionStep, num_blocks: int, block_size: int, dtype: torch.dtype
-    ) -> LayerCache:
-        heads = step.num_kv_heads
-        return LayerCache(
-            torch.empty(
-                num_blocks, heads, key_width(dtype, step.head_dim), block_size, dtype=dtype
-            ),
-            torch.empty(num_blocks, heads, block_size, step.v_head_dim, dtype=dtype),
-            make_scales(dtype, num_blocks, heads, block_size),
-            make_scales(dtype, num_blocks, heads, block_size),
-        )
-
-    def __call__(
-        self,
-        step: AttentionStep,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cache: LayerCache,
-        slot_mapping: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        sinks: torch.Tensor | None,
-        slopes: torch.Tensor | None,
-    ) -> torch.Tensor:
-        batch = slot_mapping, block_table, seq_lens, query_start_loc
-        options = step.scale, step.window, step.softcap, sinks, step.causal, step.chunk, slopes
-        if cache.k.dtype == q.dtype:
-            return torch.ops.inlay_cpu.paged_attention(q, k, v, cache.k, cache.v, *batch, *options)
-        return torch.ops.inlay_cpu.paged_attention_converted(q, k, v, *cache, *batch, *options)
-
-
 class InductorBackend(Backend):
     name = "inductor"
 
     def __init__(self) -> None:
-        self._ops: Future[Path] | None = None
+        self._ops = OpsBuild()
 
     def prepare(self) -> None:
         """The C++ ops: without a compiler nothing else can be built either."""
-        threads = ThreadPoolExecutor(1)
-        self._ops = threads.submit(build_ops)
-        threads.shutdown(wait=False)
+        self._ops.start()
 
-    def check(self, program: Program, settings: BuildSettings) -> None:
-        load_ops(self._built_ops())
-
-    def _built_ops(self) -> Path:
-        return build_ops() if self._ops is None else self._ops.result()
+    def check(
+        self, program: Program, segments: Mapping[str, GraphModule], settings: BuildSettings
+    ) -> None:
+        load_ops(self._ops.result())
 
     def build(
-        self, segments: Mapping[str, GraphModule], directory: Path, settings: BuildSettings
+        self,
+        program: Program,
+        segments: Mapping[str, GraphModule],
+        directory: Path,
+        settings: BuildSettings,
     ) -> dict[str, Any]:
         """Compile what the cache does not hold, one worker for each core."""
-        ops = self._built_ops()
+        ops = self._ops.result()
         shutil.copyfile(ops, directory / Path(OPS).name)
         toolchain = _toolchain(settings.optimization_level)
         cached = {key: _cached_package(gm, toolchain) for key, gm in segments.items()}
@@ -223,7 +183,7 @@ def _toolchain(optimization_level: int) -> dict[str, Any]:
     """All that the code of a graph depends on: our sources, torch with its settings, the compiler
     and the CPU it compiles for."""
     sources = {inspect.getsourcefile(reference) for reference in REFERENCES.values()}
-    sources.add(inspect.getsourcefile(packed_weights))
+    sources |= {inspect.getsourcefile(packed_weights), inspect.getsourcefile(example_arguments)}
     digest = hashlib.sha256()
     for source in sorted(filter(None, sources)):
         digest.update(Path(source).read_bytes())

@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from inlay.backends.graph_json import graph_from_json
 from inlay.backends.kernels.cpu_ops import load_ops
+from inlay.backends.segment_arguments import example_arguments
 from inlay.errors import BuildError
 from inlay.passes.graph import bind, is_call
 from inlay.passes.ops import REFERENCES
@@ -38,11 +39,6 @@ LINEARS = {
 EXPERTS = torch.ops.inlay.experts.default
 QUANTIZED_EXPERTS = torch.ops.inlay.quantized_experts.default
 PRODUCTS = (*LINEARS, EXPERTS, QUANTIZED_EXPERTS)
-MAX_SIZE = 1 << 20
-"""Upper bound of every dynamic size, for all engines alike, so that packages can be shared."""
-
-EXAMPLE_SIZES = (64, 32, 16, 8)
-"""Distinct sizes for a segment's symbols; Inductor takes them as hints of what is usual."""
 
 
 @dataclass(frozen=True)
@@ -161,34 +157,19 @@ def _use_handles(node: Node, handles: dict[Node, str]) -> None:
     node.args, node.kwargs = (), bound
 
 
-def example_arguments(gm: GraphModule) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
-    """Example tensors and dynamic shapes for export, from the placeholders' specs."""
-    packed = packed_weights(gm)
-    dims: dict[str, Any] = {}
-    sizes: dict[str, int] = {}
-    arguments: list[torch.Tensor] = []
-    dynamic: list[dict[int, Any]] = []
-    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        shape, dtype = node.meta["spec"]
-        if index in packed and node.meta["kind"] == "weight":
-            arguments.append(packed[index].example(shape, dtype))
-            dynamic.append({})
-            continue
-        for size in shape:
-            if isinstance(size, str) and size not in dims:
-                sizes[size] = EXAMPLE_SIZES[len(dims)]
-                dims[size] = torch.export.Dim(size, min=2, max=MAX_SIZE)
-        concrete = [sizes.get(size, size) for size in shape]
-        value = 1 if dtype.is_floating_point else 0
-        arguments.append(torch.full(concrete, value).to(dtype))
-        dynamic.append({d: dims[size] for d, size in enumerate(shape) if size in dims})
-    return tuple(arguments), tuple(dynamic)
+def _stand_ins(gm: GraphModule) -> dict[int, torch.Tensor]:
+    """What packed weights are exported as."""
+    weights = [n for n in gm.graph.find_nodes(op="placeholder") if n.meta["kind"] == "weight"]
+    return {
+        index: packing.example(*weights[index].meta["spec"])
+        for index, packing in packed_weights(gm).items()
+    }
 
 
 def compile_segment(graph: dict[str, Any], package: Path, optimization_level: int) -> None:
     """Compile a segment's JSON graph into an AOTInductor package at this path."""
     gm = graph_from_json(graph)
-    arguments, dynamic = example_arguments(gm)
+    arguments, dynamic = example_arguments(gm, _stand_ins(gm))
     with torch.no_grad():
         # What export cannot prove of the sizes is checked at run time: it is often true, as
         # T * min(64, 64 * T) == 64 * T of a sum over experts.

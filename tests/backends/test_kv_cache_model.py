@@ -7,8 +7,8 @@ import torch
 
 from inlay.backends.artifact import Artifact
 from inlay.backends.eager.backend import EagerBackend
-from inlay.backends.inductor.backend import CpuAttention
 from inlay.backends.kernels import cpu_ops
+from inlay.backends.kernels.cpu_attention import CpuAttention
 from inlay.backends.model import ProgramModel
 from inlay.backends.step import StepRequest, build_step
 from inlay.engine import build

@@ -60,8 +60,8 @@ def test_a_file_says_all_and_flags_win(tmp_path: Path, seen: Seen) -> None:
     [
         ("max-seq-len: 9", "unknown 'max-seq-len'; names are model, output, tokenizer, backend"),
         ("target: sm80", "unknown 'target'"),
-        ("backend: magic", "backend must be one of inductor, eager, got 'magic'"),
-        ("backend: [eager]", "backend must be one of inductor, eager, got ['eager']"),
+        ("backend: magic", "tensorrt, eager, got 'magic'"),
+        ("backend: [eager]", "tensorrt, eager, got ['eager']"),
         ("block_size: 16.0", "block_size must be one of 16, 32, 64, 128, got 16.0"),
         ("max_seq_len: '99'", "max_seq_len must be an integer of at least 2, got '99'"),
         ("max_num_seqs: true", "max_num_seqs must be an integer of at least 1, got True"),

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SKIP = ("backend", "optimization_level", "verify", "quantization")
+SKIP = (
+    "backend", "optimization_level", "verify", "quantization", "library", "target", "fallback",
+)  # fmt: skip
 """Options of a build that mean nothing here: nothing is compiled, and every pass is checked."""
 
 

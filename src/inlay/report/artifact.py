@@ -54,6 +54,8 @@ def artifact_data(engine: Engine, report: Report, weights_checked: bool) -> dict
         "windows": sorted({step.window for step in program.attention_steps}),
         "weight_bytes": sum(size for n, size in sizes.items() if n.endswith(".safetensors")),
         "code_bytes": _code(sizes, "segments/"),
+        "plan_bytes": sum(size for n, size in sizes.items() if n.endswith(".plan")),
+        "compared": manifest.get("checked"),
         "graph_bytes": sum(graphs.values()),
         "total_bytes": sum(sizes.values()),
         "hashes": {
@@ -104,6 +106,7 @@ def artifact_text(facts: dict[str, Any]) -> str:
         f"  attention layers: {facts['attention_layers']}, windows {facts['windows']}",
         *_segment_lines(facts["segments"]),
         "  error against Hugging Face: " + pairs(facts["errors"], "{:.1e}"),
+        *[f"  compared was {what}" for what in [facts["compared"]] if what],
         *[f"  evaluation: {summary(one)}" for one in facts["evaluations"]],
         *pass_lines(PassFacts.of(one) for one in facts["passes"]),
         "  phases, s: " + pairs(facts["phases"]),
@@ -122,6 +125,9 @@ def _event(event: dict[str, Any]) -> str:
 def _sizes(facts: dict[str, Any]) -> str:
     sizes = (("weights", "weight_bytes"), ("code", "code_bytes"), ("graphs", "graph_bytes"))
     text = ", ".join(f"{name} {facts[key] / 1e6:.1f} MB" for name, key in sizes)
+    if facts["plan_bytes"]:
+        # TensorRT's engines hold their weights, so that each layer has one of its own.
+        text += f" (of the code {facts['plan_bytes'] / 1e6:.1f} MB are engines with their weights)"
     if facts["pruned"] is None:
         return text
     return f"PRUNED: {text}; it had {facts['pruned']['bytes_before'] / 1e6:.1f} MB"

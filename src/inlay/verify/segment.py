@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from inlay.backends.artifact import Artifact, WeightReader, hash_files, write_json, write_manifest
 from inlay.backends.atomic import temporary_directory
-from inlay.backends.base import BuildSettings, ModelLimits
+from inlay.backends.base import BACKEND_OPTIONS, BuildSettings, ModelLimits
 from inlay.backends.cache import cache_dir
 from inlay.backends.graph_json import graph_from_json, graph_key, graph_to_json
 from inlay.backends.model import ProgramModel
@@ -173,17 +173,19 @@ def _build_exposed(
     key = graph_key(data)
     write_json(directory / "segments" / key / "graph.json", data)
     limits = ModelLimits(**manifest["limits"])
-    level = manifest["options"]["optimization_level"]
-    settings = BuildSettings(limits, level, lambda line: None)
+    options = manifest["options"]
+    chosen = {name: options[name] for name in BACKEND_OPTIONS if name in options}
+    level = options["optimization_level"]
+    settings = BuildSettings(limits, level, lambda line: None, **{**chosen, "whole": False})
     backend = get_backend(engine.backend)
-    program = engine.artifact.program
-    backend.check(program, settings)
-    target = backend.build({key: exposed}, directory / "segments", settings)
-    call = program.steps[index]
+    steps = list(engine.artifact.program.steps)
+    call = steps[index]
     assert isinstance(call, SegmentStep)
-    steps = list(program.steps)
     steps[index] = replace(call, segment=key, outputs=tuple(names))
-    write_json(directory / "program.json", replace(program, steps=tuple(steps)).to_json())
+    program = replace(engine.artifact.program, steps=tuple(steps))
+    backend.check(program, {key: exposed}, settings)
+    target = backend.build(program, {key: exposed}, directory / "segments", settings)
+    write_json(directory / "program.json", program.to_json())
     files = hash_files(directory)
     write_manifest(directory, {**manifest, "target": target, "files": files})
 

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: each segment step as an engine that holds its weights."""

@@ -1,0 +1,100 @@
+"""What TensorRT cannot take, said before anything is built: a sentence for each node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from inlay.backends.tensorrt.library import AUTO, TARGETS
+from inlay.passes.graph import bind, is_call, last_source_line
+
+ops = torch.ops.inlay
+
+FP8_TARGETS = ("sm89", "sm120", "sm121")
+"""Targets whose tensor cores multiply FP8."""
+
+STATIC = "activation_scales=static,calibration=FILE"
+
+
+def refusals(gm: GraphModule, target: str) -> list[str]:
+    """The nodes of a segment that no engine for this target can hold, each with the reason, the
+    remedy and the model's source line where that is known."""
+    found = []
+    for node in gm.graph.nodes:
+        reason = _reason(node, target)
+        if reason:
+            found.append(f"{node.name} ({node.target}): {reason}{last_source_line(node)}")
+    return found
+
+
+def _reason(node: Node, target: str) -> str:
+    if node.op == "call_function":
+        for targets, judge in _RULES:
+            if is_call(node, *targets) and (reason := judge(bind(node))):
+                return reason
+    if _is_fp8(node) and node.op == "call_function" and target not in FP8_TARGETS:
+        what = f"got {target} ({TARGETS[target]})" if target == AUTO else f"got {target}"
+        return f"FP8 needs a target of {', '.join(FP8_TARGETS)}, {what}: give target='sm89'"
+    return ""
+
+
+def _is_fp8(node: Node) -> bool:
+    return any(
+        dtype == torch.float8_e4m3fn
+        for one in (node, *node.all_input_nodes)
+        for dtype in _types(one)
+    )
+
+
+def _types(node: Node) -> list[Any]:
+    if "spec" in node.meta:
+        return [node.meta["spec"][1]]
+    value = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return [one.dtype for one in values if isinstance(one, torch.Tensor)]
+
+
+def _dynamic(format_: str) -> Callable[[dict[str, Any]], str]:
+    reason = (
+        "TensorRT has no activation scales that are found at run time, token by token; build with "
+        f"quantization='{format_},{STATIC}', with lm_head=w8a16 or none where it is an LM head"
+    )
+    return lambda arguments: reason
+
+
+def _static(arguments: dict[str, Any]) -> str:
+    if arguments["zero"] is not None:
+        return (
+            "TensorRT takes activations without zero points; build with "
+            f"quantization='w8a8,{STATIC}' and leave activation_symmetric=False out"
+        )
+    return ""
+
+
+def _weight_only(arguments: dict[str, Any]) -> str:
+    if arguments["zero"] is not None:
+        return "TensorRT takes weights without zero points; leave symmetric=False out"
+    return ""
+
+
+def _experts(arguments: dict[str, Any]) -> str:
+    if arguments["activations"] != "none":
+        return (
+            "experts round their inputs with scales that are found at run time, which TensorRT has "
+            "not; build with quantization='w8a16' or 'w4a16'"
+        )
+    if arguments["up_zero"] is not None or arguments["down_zero"] is not None:
+        return "TensorRT takes weights without zero points; leave symmetric=False out"
+    return ""
+
+
+_RULES: tuple[tuple[tuple[Any, ...], Callable[[dict[str, Any]], str]], ...] = (
+    ((ops.quantize_int8.default, ops.quantize_int8_asymmetric.default), _dynamic("w8a8")),
+    ((ops.quantize_fp8.default,), _dynamic("fp8")),
+    ((ops.quantize_static.default,), _static),
+    ((ops.weight_only_linear.default,), _weight_only),
+    ((ops.quantized_experts.default,), _experts),
+)
