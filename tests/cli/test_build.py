@@ -59,7 +59,7 @@ def test_a_file_says_all_and_flags_win(tmp_path: Path, seen: Seen) -> None:
     ("text", "message"),
     [
         ("max-seq-len: 9", "unknown 'max-seq-len'; names are model, output, tokenizer, backend"),
-        ("target: sm80", "unknown 'target'"),
+        ("targets: sm80", "unknown 'targets'"),
         ("backend: magic", "tensorrt, eager, got 'magic'"),
         ("backend: [eager]", "tensorrt, eager, got ['eager']"),
         ("block_size: 16.0", "block_size must be one of 16, 32, 64, 128, got 16.0"),
