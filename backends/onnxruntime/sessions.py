@@ -1,4 +1,4 @@
-"""ONNX Runtime's sessions as segments: one for each segment step, over weights that stay mapped.
+"""ONNX Runtime's sessions as segments: one for each segment step, over its weights.
 
 In an executor's process all of them share one pool of threads and one arena for intermediate
 values; elsewhere each has its own, so that a user's sessions are not touched. What a segment takes
@@ -53,8 +53,8 @@ class SegmentSession:
         device: torch.device,
         entries: Mapping[str, str] | None = None,
     ) -> None:
-        """weights: by their names in the model; those that ONNX Runtime does not pack it reads
-        from this very memory for as long as the session lives. entries: more of its settings."""
+        """weights: by their names in the model. ONNX Runtime takes a copy of each, packed where
+        products read it: they may be a mapped file's, and let go of afterwards."""
         import onnxruntime as ort
 
         self._device, self._index = device.type, device.index or 0
