@@ -54,7 +54,8 @@ class SegmentSession:
         entries: Mapping[str, str] | None = None,
     ) -> None:
         """weights: by their names in the model. ONNX Runtime takes a copy of each, packed where
-        products read it: they may be a mapped file's, and let go of afterwards."""
+        products read it: they may be a mapped file's, and let go of afterwards. entries: more of
+        its settings."""
         import onnxruntime as ort
 
         self._device, self._index = device.type, device.index or 0
