@@ -56,6 +56,17 @@ class ModelLimits:
             )
 
 
+@dataclass
+class Process:
+    """is_executor: whether this process is there to run one engine, so that a backend may set what
+    a library keeps for a whole process. In a user's own it must leave such things alone."""
+
+    is_executor: bool = False
+
+
+PROCESS = Process()
+
+
 class LoadedModel(Protocol):
     """A model that is ready to run steps on one device.
 

@@ -101,10 +101,12 @@ def _load(message: Message) -> Executor:
     assert isinstance(message, Init), f"not a first message: {message!r}"
     # Late: torch takes a second to import, and the reader already listens.
     from inlay.backends.artifact import Artifact
+    from inlay.backends.base import PROCESS
     from inlay.backends.select import get_backend
     from inlay.runtime.config import ExecutorConfig
     from inlay.runtime.executor import Executor
 
+    PROCESS.is_executor = True
     model = get_backend(message.backend).load(Artifact(message.path))
     executor = Executor(model, ExecutorConfig(**message.config))
     # Else each full collection looks through all of torch: 80 ms in the middle of some step.

@@ -56,16 +56,11 @@ class Translations:
         }
 
     def linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
-        """Gemm takes the weight as it lies, so that no runtime keeps a transposed copy of it."""
-        op, (features, inputs) = self._onnx, (int(size) for size in weight.shape)
-        if len(x.shape) == 2:
-            return op.Gemm(x, weight, bias, transB=1)
-        rows = op.Reshape(x, op.Constant(value_ints=[-1, inputs]))
-        y = op.Gemm(rows, weight, bias, transB=1)
-        if len(x.shape) == 3 and x.shape[0] == 1:
-            return op.Reshape(y, op.Constant(value_ints=[1, -1, features]))
-        sizes = op.Shape(x, start=0, end=-1), op.Constant(value_ints=[features])
-        return op.Reshape(y, op.Concat(*sizes, axis=0))
+        """MatMul over a weight that a session transposes once: Gemm, which would take it as it
+        lies, is 1 to 6 times as slow in ONNX Runtime for 4 to 64 rows."""
+        op = self._onnx
+        y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+        return y if bias is None else op.Add(y, bias)
 
     def rms_norm(
         self,

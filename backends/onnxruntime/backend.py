@@ -104,7 +104,7 @@ class OnnxRuntimeBackend(Backend):
             write_whole(program, {k: path.read_bytes() for k, path in places.items()}, directory)
 
     def load(self, artifact: Artifact) -> ProgramModel:
-        """A session for each segment step; weights that are not packed stay memory-mapped."""
+        """A session for each segment step; weights come from the mapped shards, one by one."""
         provider = _check_target(artifact)
         device, attention = _attention(artifact, provider)
         reader = WeightReader(artifact)

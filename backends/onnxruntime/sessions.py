@@ -1,21 +1,21 @@
-"""ONNX Runtime's sessions as segments: one for each segment step, over weights that stay mapped.
+"""ONNX Runtime's sessions as segments: one for each segment step, over its weights.
 
-All sessions of a process share one pool of threads and one arena for intermediate values. What a
-segment takes and gives is bound where it lies, in torch's memory.
+In an executor's process all of them share one pool of threads and one arena for intermediate
+values; elsewhere each has its own, so that a user's sessions are not touched. What a segment takes
+and gives is bound where it lies, in torch's memory.
 """
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from inlay.backends.base import PROCESS
 from inlay.backends.onnx.packages import require
 from inlay.errors import ArtifactError
-
-logger = logging.getLogger(__name__)
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 EXTRAS = {CPU: "onnxruntime", CUDA: "onnxruntime-gpu"}
@@ -32,9 +32,6 @@ DTYPES = {
 """ONNX Runtime's name of a type -> ONNX's number, torch's dtype."""
 
 _NUMPY_LACKS = {torch.bfloat16: (16, torch.uint16), torch.float8_e4m3fn: (17, torch.uint8)}
-
-_shared_pool: list[int] = []
-"""Threads of the pool that all sessions of this process share, once there is one."""
 
 
 def offered_providers(error: type[Exception]) -> list[str]:
@@ -56,8 +53,9 @@ class SegmentSession:
         device: torch.device,
         entries: Mapping[str, str] | None = None,
     ) -> None:
-        """weights: by their names in the model; those that ONNX Runtime does not pack it reads
-        from this very memory for as long as the session lives. entries: more of its settings."""
+        """weights: by their names in the model. ONNX Runtime takes a copy of each, packed where
+        products read it: they may be a mapped file's, and let go of afterwards. entries: more of
+        its settings."""
         import onnxruntime as ort
 
         self._device, self._index = device.type, device.index or 0
@@ -116,37 +114,26 @@ def _dims(value: Any) -> Sequence[Any]:
 def _options(ort: Any) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors: what is unusual about a graph is no user's matter
-    if _share_pool(ort):
+    if PROCESS.is_executor:
+        _share_pool(ort)
         options.use_per_session_threads = False
+        options.add_session_config_entry("session.use_env_allocators", "1")
     else:
         options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.use_env_allocators", "1")
     # Idle threads would spin on the cores that attention needs next, which are torch's.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
-def _share_pool(ort: Any) -> bool:
-    """One pool for the process, of as many threads as torch's own; False where it cannot be."""
-    wanted = torch.get_num_threads()
-    if not _shared_pool:
-        try:
-            ort.set_global_thread_pool_sizes(wanted, 1)
-        except Exception as error:
-            logger.warning("ONNX Runtime's sessions get threads of their own: %s", error)
-            return False
-        memory = ort.OrtMemoryInfo(
-            "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
-        )
-        ort.create_and_register_allocator(memory, None)
-        _shared_pool.append(wanted)
-    elif _shared_pool[0] != wanted:
-        logger.warning(
-            "ONNX Runtime keeps the %d threads it began with in this process, not %d",
-            _shared_pool[0],
-            wanted,
-        )
-    return True
+@functools.cache
+def _share_pool(ort: Any) -> None:
+    """One pool of threads for the process, of as many as torch has, and one arena. From then on
+    every session of the process must use the pool: a user's own would be refused."""
+    ort.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
+    memory = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    ort.create_and_register_allocator(memory, None)
 
 
 def _ort_value(ort: Any, tensor: torch.Tensor) -> Any:
