@@ -90,7 +90,11 @@ def test_weights_are_those_of_a_fresh_build(case: str, tmp_path: Path) -> None:
     assert tokens(again) == tokens(engine)
 
 
-@pytest.mark.parametrize("form", [gptq(), gptq(4, 32, False, desc_act=True), w8a8({})], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [gptq(), gptq(4, 32, False, desc_act=True), w8a8({})],
+    ids=["gptq", "gptq act order", "w8a8"],
+)
 def test_a_quantized_checkpoint(form: Format, tmp_path: Path) -> None:
     folders = []
     for seed in (1, 2):
