@@ -55,11 +55,15 @@ def make_batch_invariant(
                 f"matrices in {node.name} ({node.target}), which are not packed weights, so that "
                 "their sums may depend on the batch; leave it out"
             )
-    if rows_are_alike(program.dtype, cpu_flags):
-        return
     for step, tensors in zip(program.segment_steps, weights, strict=True):
-        for index, packing in packed_weights(graphs[step.segment]).items():
-            if packing.kind in ("linear", "experts"):  # narrow weights have one order anyway
+        gm = graphs[step.segment]
+        nodes = [n for n in gm.graph.find_nodes(op="placeholder") if n.meta["kind"] == "weight"]
+        for index, packing in packed_weights(gm).items():
+            if packing.kind not in ("linear", "experts"):  # narrow weights have one order anyway
+                continue
+            # Its own: routers may be float32 among bfloat16.
+            dtype = str(nodes[index].meta["spec"][1]).removeprefix("torch.")
+            if not rows_are_alike(dtype, cpu_flags):
                 torch.ops.inlay_cpu.fix_rows(tensors[index], FIXED_ROWS)
 
 

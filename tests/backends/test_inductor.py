@@ -144,9 +144,9 @@ def test_a_middle_segment_at_every_size_in_bfloat16(tmp_path: Path) -> None:
     middle = program.segment_keys[1]
     limits = ModelLimits(128, 256, 64, 8, 16)
     (tmp_path / middle).mkdir()
-    backend = InductorBackend()
-    backend.check(program, BuildSettings(limits, 0, print))
-    backend.build({middle: segments[middle]}, tmp_path, BuildSettings(limits, 0, print))
+    backend, settings = InductorBackend(), BuildSettings(limits, 0, print)
+    backend.check(program, segments, settings)
+    backend.build(program, {middle: segments[middle]}, tmp_path, settings)
     compiled = load_package(tmp_path / middle / PACKAGE)
     for size in SIZES:
         # Intermediate values that Inductor keeps in float32 the interpreter rounds: 2^-9 each.

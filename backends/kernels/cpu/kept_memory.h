@@ -8,6 +8,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -20,8 +21,8 @@ namespace {
 constexpr size_t kLeastKept = 64 << 10;  // smaller blocks come from pages that the C library keeps
 constexpr size_t kLine = 64, kPage = 4096;
 
-// What is kept and what is in use together stay within 1.5 times the most that was in use at once:
-// blocks of sizes that no longer occur go, the one that was longest unused first.
+// As much is kept as the last steps needed, and half of that again for blocks of other sizes; the one
+// that was longest unused goes first. What callers hold on to between steps does not count.
 class KeptMemory final : public c10::Allocator {
  public:
   static KeptMemory& instance() {
@@ -30,7 +31,7 @@ class KeptMemory final : public c10::Allocator {
   }
 
   c10::DataPtr allocate(size_t size) override {
-    if (!active || size < kLeastKept) return torch_->allocate(size);
+    if (!active || size < kLeastKept) return torch_allocate(size);
     void* block = take((size + kPage - 1) / kPage * kPage);
     return {block, block, &release, c10::Device(c10::DeviceType::CPU)};
   }
@@ -45,6 +46,21 @@ class KeptMemory final : public c10::Allocator {
     return {static_cast<int64_t>(kept_bytes_), static_cast<int64_t>(used_bytes_), num_fresh_};
   }
 
+  void begin_step() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    held_ = most_used_ = used_bytes_;
+  }
+  void end_step() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    needs_[num_steps_++ % needs_.size()] = most_used_ - std::min(held_, most_used_);
+    drop_beyond(limit());
+  }
+  void forget() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    needs_ = {};
+    drop_beyond(0);
+  }
+
   static thread_local bool active;
 
  private:
@@ -54,6 +70,19 @@ class KeptMemory final : public c10::Allocator {
   };
 
   explicit KeptMemory(c10::Allocator* torch) : torch_(torch) { c10::SetCPUAllocator(this); }
+
+  c10::DataPtr torch_allocate(size_t size) {
+    try {
+      return torch_->allocate(size);
+    } catch (const c10::Error&) {
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (kept_.empty()) throw;
+        drop_beyond(0);
+      }
+      return torch_->allocate(size);
+    }
+  }
 
   void* take(size_t size) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -68,16 +97,24 @@ class KeptMemory final : public c10::Allocator {
       kept_.erase(best);
       kept_bytes_ -= block.size;
     } else {
-      block.at = std::aligned_alloc(kLine, size);
-      TORCH_CHECK(block.at, "inlay_cpu: no memory for ", size, " bytes of activations; give fewer "
-                  "max_num_tokens");
-      ++num_fresh_;
+      block.at = fresh(size);
     }
     used_[block.at] = block.size;
     used_bytes_ += block.size;
     most_used_ = std::max(most_used_, used_bytes_);
-    drop_oldest();
     return block.at;
+  }
+
+  void* fresh(size_t size) {
+    void* at = std::aligned_alloc(kLine, size);
+    if (!at && !kept_.empty()) {
+      drop_beyond(0);
+      at = std::aligned_alloc(kLine, size);
+    }
+    TORCH_CHECK(at, "inlay_cpu: no memory for ", size, " bytes of activations; give fewer "
+                "max_num_tokens, or a smaller KV cache");
+    ++num_fresh_;
+    return at;
   }
 
   static void release(void* at) {
@@ -92,12 +129,18 @@ class KeptMemory final : public c10::Allocator {
     kept_bytes_ += found->second;
     used_bytes_ -= found->second;
     used_.erase(found);
-    drop_oldest();
+    drop_beyond(limit());
     return true;
   }
 
-  void drop_oldest() {
-    while (!kept_.empty() && kept_bytes_ + used_bytes_ > most_used_ + most_used_ / 2) {
+  size_t limit() const {
+    const size_t now = most_used_ - std::min(held_, most_used_);
+    const size_t need = std::max(now, *std::max_element(needs_.begin(), needs_.end()));
+    return need + need / 2;
+  }
+
+  void drop_beyond(size_t bytes) {
+    while (!kept_.empty() && kept_bytes_ > bytes) {
       std::free(kept_.front().at);
       kept_bytes_ -= kept_.front().size;
       kept_.erase(kept_.begin());
@@ -108,22 +151,37 @@ class KeptMemory final : public c10::Allocator {
   std::mutex mutex_;
   std::vector<Block> kept_;  // the one that was freed first is the first; a few dozen
   std::unordered_map<void*, size_t> used_;
-  size_t kept_bytes_ = 0, used_bytes_ = 0, most_used_ = 0;
+  size_t kept_bytes_ = 0, used_bytes_ = 0;
+  size_t held_ = 0, most_used_ = 0;     // when this step began, and at most since then
+  std::array<size_t, 256> needs_ = {};  // of the last steps
+  size_t num_steps_ = 0;
   int64_t num_fresh_ = 0;
 };
 
 thread_local bool KeptMemory::active = false;
 
-// While one lives, tensors of this thread get kept memory.
+// While one lives, a step's length, tensors of this thread get kept memory.
 class KeepMemory {
  public:
-  KeepMemory() : before_(KeptMemory::active) {
-    KeptMemory::instance();
+  KeepMemory() {
+    KeptMemory::instance().begin_step();
     KeptMemory::active = true;
   }
-  ~KeepMemory() { KeptMemory::active = before_; }
+  ~KeepMemory() {
+    KeptMemory::active = false;
+    KeptMemory::instance().end_step();
+  }
   KeepMemory(const KeepMemory&) = delete;
   KeepMemory& operator=(const KeepMemory&) = delete;
+};
+
+// While one lives, tensors of this thread are torch's affair: for what outlives the step.
+class LastingMemory {
+ public:
+  LastingMemory() : before_(KeptMemory::active) { KeptMemory::active = false; }
+  ~LastingMemory() { KeptMemory::active = before_; }
+  LastingMemory(const LastingMemory&) = delete;
+  LastingMemory& operator=(const LastingMemory&) = delete;
 
  private:
   bool before_;

@@ -411,6 +411,11 @@ Tensor linear(const Tensor& x, const Tensor& handle, const OptionalTensor& bias,
               "], got x ", x.sizes(), " and out_features ", out_features);
   TORCH_CHECK(x.scalar_type() == p.weight.scalar_type(), "inlay_cpu::linear: x must have the "
               "weight's dtype ", p.weight.scalar_type(), ", got ", x.scalar_type());
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == p.out_features &&
+                        bias->scalar_type() == x.scalar_type()),
+              "inlay_cpu::linear: bias must be [", p.out_features, "] and ", x.scalar_type(),
+              " like x, got ", bias ? bias->sizes() : at::IntArrayRef(), " ",
+              bias ? bias->scalar_type() : x.scalar_type());
   return multiply(p, x, bias);
 }
 

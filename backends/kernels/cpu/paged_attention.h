@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "isa.h"
+#include "kept_memory.h"
 #include "kv_write.h"
 
 #include <ATen/Parallel.h>
@@ -244,6 +245,7 @@ float* thread_scratch(int64_t floats) {
   static thread_local c10::DataPtr memory;
   static thread_local int64_t size = 0;
   if (size < floats) {
+    const LastingMemory lasting;
     memory = allocate(floats);
     size = floats;
   }

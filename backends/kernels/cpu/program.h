@@ -2,7 +2,6 @@
 // have left the caches each time that a segment has read its weights.
 #pragma once
 
-#include "kept_memory.h"
 #include "paged_attention.h"
 
 #include <ATen/ops/unbind.h>
@@ -32,6 +31,7 @@ struct ProgramStep {
 
 class Program : public torch::CustomClassHolder {
  public:
+  ~Program() override { KeptMemory::instance().forget(); }
   int64_t add_package(const std::string& path) {
     packages_.push_back(
         std::make_unique<torch::inductor::AOTIModelPackageLoader>(path, "model", false, 1, -1));

@@ -29,9 +29,9 @@ INLAY_INLINE VecI float8_pairs(const uint8_t* tile, int pair, int vec) {
 
 // e4m3 whose bits are a lane's uppermost.
 INLAY_INLINE VecF float8_on_top(VecI bits) {
-  const VecI small = bits >> 4 & static_cast<int32_t>(0x87f00000);
-  const VecF value = (VecF)small * 0x1p120f;  // exponents' biases: 127 - 7
-  return (VecF)((VecI)value | ((small & 0x07f00000) == 0x07f00000));
+  const VecU magnitude = (VecU)bits >> 4 & 0x07f00000u;
+  const VecU value = (VecU)float8_magnitudes(magnitude) | ((VecU)bits & 0x80000000u);
+  return (VecF)(value | (VecU)(magnitude == 0x07f00000u));
 }
 
 // An input of a tile, as kLanes outputs' floats.

@@ -124,9 +124,16 @@ INLAY_INLINE float reduce_max(VecF v) {
 }
 #endif
 
+// The values of e4m3 magnitudes in bits 20 to 26. Without denormal numbers, which a CPU may be told
+// to take for zero: what has no leading one gets it, and loses it again.
+INLAY_INLINE VecF float8_magnitudes(VecU m) {
+  const VecF normal = (VecF)(m + (120u << 23)), small = (VecF)(m + (121u << 23)) - 0x1p-6f;
+  return m < 0x00800000u ? small : normal;
+}
+
 INLAY_INLINE VecF float8_values(VecU u) {
   VecU sign = (u & 0x80) << 24, magnitude = u & 0x7f;
-  VecU finite = (VecU)((VecF)(magnitude << 20) * 0x1p120f);  // exponents' biases: 127 - 7
+  VecU finite = (VecU)float8_magnitudes(magnitude << 20);
   return (VecF)((magnitude == 0x7f ? (VecU{} + 0x7fc00000) : finite) | sign);
 }
 
