@@ -56,6 +56,11 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_weights(name: str) -> bool:
+    """Whether this file of an artifact holds weights; they are hashed on request only."""
+    return name.startswith("weights/") and name.endswith(".safetensors")
+
+
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """Of the numbers' bytes, row by row."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -213,8 +218,7 @@ class Artifact:
                 raise self._damaged(name, "is missing")
             if (size := file.stat().st_size) != facts["size"]:
                 raise self._damaged(name, f"has {size} bytes instead of {facts['size']}")
-            is_tensor_data = name.endswith(".safetensors")
-            if (check_weights or not is_tensor_data) and file_sha256(file) != facts["sha256"]:
+            if (check_weights or not is_weights(name)) and file_sha256(file) != facts["sha256"]:
                 raise self._damaged(name, "has been changed: its sha256 differs")
 
     def _damaged(self, name: str, what: str) -> ArtifactError:

@@ -7,6 +7,7 @@ import fcntl
 import glob
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -78,20 +79,24 @@ def writing(target: Path) -> Iterator[Path]:
 
 def _take(target: Path) -> tuple[Path, int]:
     """A locked temporary directory of this target, and the lock's descriptor."""
-    mine = f".{target.name}.tmp-{platform.node()}-"
+    begin = f".{target.name}.tmp-"
+    of_target = re.compile(rf"{re.escape(begin)}(?!.*\.tmp-).*-(\d+)-\w+?({ASIDE})?")
     with _locked(target.parent):  # nobody takes a directory for dead that is not locked yet
-        for path in target.parent.glob(f"{glob.escape(mine)}*"):
+        for path in target.parent.glob(f"{glob.escape(begin)}*"):
+            named = of_target.fullmatch(path.name)
+            if named is None:  # of a target that has this one's name in its own
+                continue
             if path.name.endswith(ASIDE) and not target.exists():
                 path.rename(target)  # the process died between the two renames of _swap
                 continue
             if _is_locked(path):
-                pid = path.name[len(mine) :].split("-")[0]
                 raise BuildError(
-                    f"output {target} is being written by process {pid} just now; wait for it to "
-                    "end, or name another directory"
+                    f"output {target} is being written by process {named[1]} just now; wait for it "
+                    "to end, or name another directory"
                 )
             shutil.rmtree(path, ignore_errors=True)
-        directory = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=target.parent))
+        prefix = f"{begin}{platform.node()}-{os.getpid()}-"
+        directory = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
         lock = os.open(directory, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return directory, lock

@@ -194,7 +194,8 @@ class Backend(Protocol):
         them out, `refit` has them made again. Code of most backends holds none."""
         return []
 
-    def refit(self, directory: Path, program: Program, settings: BuildSettings) -> None:
+    def refit(self, directory: Path, program: Program, settings: BuildSettings) -> dict[str, Any]:
         """Make `weight_files` again, of what an artifact's directory has: the build's other files
-        and new weights (`WeightReader(directory)`); there is no manifest yet."""
-        return
+        and new weights (`WeightReader(directory)`); there is no manifest yet. Returns what it is to
+        say anew of its target."""
+        return {}

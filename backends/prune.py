@@ -16,7 +16,7 @@ from inlay.backends.artifact import (
 )
 from inlay.backends.atomic import claimed
 from inlay.backends.select import get_backend
-from inlay.errors import ArtifactError
+from inlay.errors import ArtifactError, BuildError
 
 
 def prune(artifact: Artifact, target: Path) -> Path:
@@ -27,10 +27,16 @@ def prune(artifact: Artifact, target: Path) -> Path:
 
     Raises:
         ArtifactError: the artifact is pruned already, or its weights are damaged.
-        BuildError: target cannot be written, or holds something else.
+        BuildError: target is the artifact itself, cannot be written, or holds something else.
     """
     if artifact.is_pruned:
         raise ArtifactError(f"artifact {artifact.path} is pruned already; copy it, or refit it")
+    if target.exists() and target.samefile(artifact.path):
+        raise BuildError(
+            f"output {target} is the artifact itself, which would lose its weights; name another "
+            "directory"
+        )
+    artifact = Artifact(artifact.path, check_weights=True)
     with claimed(target) as claim:
         manifest, path = artifact.manifest, artifact.path
         left_out = set(files_with_weights(artifact.path, manifest["backend"]))

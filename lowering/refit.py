@@ -62,6 +62,9 @@ from inlay.passes.quantize.plan import Plan
 
 logger = logging.getLogger(__name__)
 
+OF_OLD_WEIGHTS = ("pruned", "checked")
+"""Entries of a manifest that say nothing of new weights."""
+
 
 def refit(
     artifact: Artifact,
@@ -87,7 +90,7 @@ def refit(
         BuildError: target cannot be written, or holds something else.
     """
     given = {**artifact.manifest["options"], **({} if verify is None else {"verify": verify})}
-    options = CompileOptions(**given)
+    options = CompileOptions(**{**given, "trust_remote_code": trust_remote_code})
     with claimed(target) as claim:
         phase = Phases(progress)
         with phase("load"):
@@ -126,8 +129,10 @@ class _Refit:
             with self.phase("code"):
                 backend = get_backend(self.artifact.manifest["backend"])
                 settings = build_settings(self.limits, self.options, self.progress, name)
-                backend.refit(directory, self.artifact.program, settings)
-            manifest = self._manifest(directory, name)
+                target = self.artifact.manifest["target"]
+                settings = replace(settings, library=target.get("library", settings.library))
+                target = {**target, **backend.refit(directory, self.artifact.program, settings)}
+            manifest = {**self._manifest(directory, name), "target": target}
             if self.options.verify != "capture":
                 with self.phase("verify"):
                     write_manifest(directory, manifest)
@@ -205,7 +210,7 @@ class _Refit:
 
     def _manifest(self, directory: Path, name: str) -> dict[str, Any]:
         files = hash_files(directory)
-        before = {k: v for k, v in self.artifact.manifest.items() if k != "pruned"}
+        before = {k: v for k, v in self.artifact.manifest.items() if k not in OF_OLD_WEIGHTS}
         event = {
             "made_by": "refit",
             "origin": name,

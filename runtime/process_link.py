@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import queue
@@ -17,6 +16,7 @@ from dataclasses import fields
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
+from inlay.backends.python_process import SET_PATH, path_argument
 from inlay.errors import EngineError, OptionError, RequestError
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.ledger import Ledger
@@ -41,10 +41,9 @@ logger = logging.getLogger(__name__)
 GRACE = 2.0
 """Seconds that a worker is given to end its step, and then to obey SIGTERM."""
 
-BOOTSTRAP = """
-import json, signal, sys
+BOOTSTRAP = f"""{SET_PATH}
+import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-sys.path[:] = json.loads(sys.argv[2])
 from inlay.runtime.worker import main
 main(int(sys.argv[1]))
 """
@@ -215,8 +214,7 @@ def _spawn(fd: int, num_threads: int | None) -> subprocess.Popen[bytes]:
     if num_threads is not None and not (is_number and num_threads >= 1):
         raise OptionError(f"num_threads must be None or an integer >= 1; given {num_threads!r}")
     environment = {**os.environ, **thread_settings(num_threads, os.environ)}
-    path = json.dumps([entry for entry in sys.path if isinstance(entry, str)])
-    command = [sys.executable, "-c", BOOTSTRAP, str(fd), path]
+    command = [sys.executable, "-c", BOOTSTRAP, path_argument(), str(fd)]
     # Ctrl-C in a terminal goes to all processes, and ours decides. Until the worker ignores it, it
     # is blocked there: the mask is inherited.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

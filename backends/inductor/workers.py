@@ -9,7 +9,6 @@ import queue
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from inlay.backends.cache import building, keep
+from inlay.backends.python_process import module_command
 from inlay.errors import BuildError
 
 BYTES_PER_WORKER = 2 << 30
@@ -131,7 +131,7 @@ class _Worker:
         }
         with (folder / "log.txt").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "inlay.backends.inductor.compile"],
+                module_command("inlay.backends.inductor.compile"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -15,6 +15,7 @@ from inlay.backends.cache import building, cache_dir, content_key, fetch, keep
 from inlay.backends.graph_json import graph_to_json
 from inlay.backends.onnx.convert import OPSET, segment_to_onnx
 from inlay.backends.onnx.packages import require
+from inlay.errors import BuildError
 from inlay.passes.ops import REFERENCES
 
 MODEL = "model.onnx"
@@ -36,6 +37,22 @@ def convert_segments(
         "packages": [torch.__version__, onnx.__version__, onnxscript.__version__],
         "sources": _sources(),
     }
+    try:
+        return _converted(segments, target, origin, folder, tools)
+    except OSError as error:
+        raise BuildError(
+            f"cannot convert segments in {folder}: {error}; set INLAY_CACHE_DIR to a directory "
+            "that can be written"
+        ) from error
+
+
+def _converted(
+    segments: Mapping[str, GraphModule],
+    target: str,
+    origin: str,
+    folder: Path,
+    tools: dict[str, Any],
+) -> tuple[dict[str, bytes], int]:
     models, num_converted = {}, 0
     with building(folder) as scratch:
         file = scratch / MODEL

@@ -97,11 +97,13 @@ class OnnxRuntimeBackend(Backend):
         here = {"provider": provider, "onnxruntime": onnxruntime.__version__, **_platform(provider)}
         return {**here, "num_converted": self._num_converted}
 
-    def refit(self, directory: Path, program: Program, settings: BuildSettings) -> None:
+    def refit(self, directory: Path, program: Program, settings: BuildSettings) -> dict[str, Any]:
         """The whole model says where in the weights' files each one lies."""
         if settings.whole:
+            require("onnx", extra=self.name)
             places = {key: directory / "segments" / key / MODEL for key in program.segment_keys}
             write_whole(program, {k: path.read_bytes() for k, path in places.items()}, directory)
+        return {}
 
     def load(self, artifact: Artifact) -> ProgramModel:
         """A session for each segment step; weights come from the mapped shards, one by one."""

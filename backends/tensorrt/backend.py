@@ -15,6 +15,7 @@ from inlay.backends.base import Backend, BuildSettings, Checkable, ModelLimits
 from inlay.backends.cache import cache_dir
 from inlay.backends.graph_json import graph_from_json
 from inlay.backends.model import ProgramModel
+from inlay.backends.onnx.packages import require
 from inlay.backends.program import Program, SegmentStep
 from inlay.backends.step import ladder_up_to
 from inlay.backends.tensorrt.engines import MODEL, Look, build_plans, look, plan_name
@@ -86,11 +87,15 @@ class TensorRTBackend(Backend):
     def weight_files(self, directory: Path) -> list[Path]:
         return sorted((directory / "segments").glob(f"*/{plan_name('*')}"))
 
-    def refit(self, directory: Path, program: Program, settings: BuildSettings) -> None:
-        """Plans anew, of the ONNX that the artifact keeps."""
+    def refit(self, directory: Path, program: Program, settings: BuildSettings) -> dict[str, Any]:
+        """Plans anew, of the ONNX that the artifact keeps, by the library that is here now."""
+        require("onnx", extra="tensorrt-rtx")
+        library = find(settings.library)
+        check_target(library, settings.target)
         folder = directory / "segments"
         keys = {path.parent.name for path in folder.glob(f"*/{MODEL}")}
-        build_plans(program, folder, find(settings.library), settings, keys)
+        summary = build_plans(program, folder, library, settings, keys)
+        return {"library": library.name, "version": library.version, **summary}
 
     def load(self, artifact: Artifact) -> ProgramModel:
         """Engines on the first CUDA device; compared with the reference where they are new to it.

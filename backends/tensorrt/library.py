@@ -71,7 +71,14 @@ def find(name: str = AUTO) -> Library:
     if found is None:
         ways = " or ".join(INSTALL[one] for one in wanted)
         raise BuildError(f"backend 'tensorrt' needs {' or '.join(wanted)}: {ways}")
-    library = Library(found, importlib.import_module(found))
+    try:
+        library = Library(found, importlib.import_module(found))
+        library.version  # noqa: B018  (a directory of that name can be imported, but is no library)
+    except (ImportError, AttributeError) as error:
+        raise BuildError(
+            f"backend 'tensorrt': {found} is installed but cannot be imported ({error}): "
+            f"{INSTALL[found]}"
+        ) from error
     if not library.is_rtx and int(library.version.split(".")[0]) < FIRST_MAJOR:
         raise BuildError(
             f"backend 'tensorrt' needs tensorrt {FIRST_MAJOR} or later, whose networks are strongly"

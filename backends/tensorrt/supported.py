@@ -81,14 +81,10 @@ def _weight_only(arguments: dict[str, Any]) -> str:
 
 
 def _experts(arguments: dict[str, Any]) -> str:
-    if arguments["activations"] != "none":
-        return (
-            "experts round their inputs with scales that are found at run time, which TensorRT has "
-            "not; build with quantization='w8a16' or 'w4a16'"
-        )
-    if arguments["up_zero"] is not None or arguments["down_zero"] is not None:
-        return "TensorRT takes weights without zero points; leave symmetric=False out"
-    return ""
+    return (
+        "TensorRT has no quantized experts here; leave them out: quantization="
+        "'w8a16,ignore=*experts*', or another format with that setting"
+    )
 
 
 _RULES: tuple[tuple[tuple[Any, ...], Callable[[dict[str, Any]], str]], ...] = (

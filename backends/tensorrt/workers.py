@@ -7,7 +7,6 @@ import json
 import os
 import queue
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from inlay.backends.python_process import module_command
 from inlay.errors import BuildError
 
 PROCESS_BYTES = 200 << 20
@@ -126,7 +126,7 @@ class _Worker:
     def __init__(self, library: str) -> None:
         self.peak_bytes = 0
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "inlay.backends.tensorrt.compile", library],
+            module_command("inlay.backends.tensorrt.compile", library),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -92,6 +92,21 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         if isinstance(self.calibration, os.PathLike):
             object.__setattr__(self, "calibration", os.fspath(self.calibration))
+        if not isinstance(self.format, str):
+            raise OptionError(
+                f"quantization: format must be one of {', '.join(FORMATS)}, got {self.format!r}"
+            )
+        if isinstance(self.ignore, str):
+            object.__setattr__(self, "ignore", tuple(filter(None, self.ignore.split("|"))))
+        if not isinstance(self.ignore, tuple) or not all(isinstance(p, str) for p in self.ignore):
+            raise OptionError(
+                f"quantization: ignore must be a list of patterns of names, got {self.ignore!r}"
+            )
+        if isinstance(self.calibration, bool | int | float | bytes | Mapping):
+            raise OptionError(
+                "quantization: calibration must be a file's name or texts, got "
+                f"{self.calibration!r}"
+            )
         object.__setattr__(self, "format", ALIASES.get(self.format, self.format))
         one_of("format", self.format, FORMATS)
         one_of("method", self.method, tuple(METHODS))
@@ -110,8 +125,6 @@ class QuantizationConfig:
             raise OptionError(
                 f"quantization: smoothing must be from 0 to 1, got {self.smoothing!r}"
             )
-        if isinstance(self.ignore, str):
-            object.__setattr__(self, "ignore", tuple(filter(None, self.ignore.split("|"))))
         self._check_together()
 
     def _check_together(self) -> None:
@@ -234,6 +247,8 @@ def _from_mapping(data: Mapping[str, Any]) -> QuantizationConfig:
     given = dict(data)
     if isinstance(given.get("ignore"), list):
         given["ignore"] = tuple(given["ignore"])
+    if "format" not in given:
+        raise OptionError(f"quantization: format is missing; it is one of {', '.join(FORMATS)}")
     return QuantizationConfig(**given)
 
 

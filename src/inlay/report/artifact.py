@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from inlay.backends.artifact import MANIFEST
+from inlay.backends.artifact import MANIFEST, is_weights
 from inlay.engine import Engine
 from inlay.eval.report import summary
 from inlay.passes.quantize.config import NONE
@@ -52,7 +52,7 @@ def artifact_data(engine: Engine, report: Report, weights_checked: bool) -> dict
         "segments": segments,
         "attention_layers": len(program.attention_steps),
         "windows": sorted({step.window for step in program.attention_steps}),
-        "weight_bytes": sum(size for n, size in sizes.items() if n.endswith(".safetensors")),
+        "weight_bytes": sum(size for name, size in sizes.items() if is_weights(name)),
         "code_bytes": _code(sizes, "segments/"),
         "plan_bytes": sum(size for n, size in sizes.items() if n.endswith(".plan")),
         "compared": manifest.get("checked"),
@@ -60,7 +60,7 @@ def artifact_data(engine: Engine, report: Report, weights_checked: bool) -> dict
         "total_bytes": sum(sizes.values()),
         "hashes": {
             "files": len(sizes),
-            "weight_files": sum(name.endswith(".safetensors") for name in sizes),
+            "weight_files": sum(map(is_weights, sizes)),
             "weights_checked": weights_checked,
         },
         "evaluations": engine.evaluations,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from inlay.backends.base import BACKEND_OPTIONS
 from inlay.engine import Engine
 from inlay.errors import InlayError
 from inlay.lowering.loading import Source
@@ -53,8 +54,15 @@ def verify_backends(
     artifact: verify this one's backends instead of compiling. What a backend cannot do is its
     row's error; OptionError for a name that is no backend is raised at once.
     """
-    chosen = [replace(options, backend=name) for name in dict.fromkeys(backends)]
+    chosen = [for_backend(options, name) for name in dict.fromkeys(backends)]
     return [_row(source, one, artifact, progress, workload) for one in chosen]
+
+
+def for_backend(options: CompileOptions, backend: str) -> CompileOptions:
+    """The same options, but for those that only another backend has."""
+    foreign = [name for name, owner in BACKEND_OPTIONS.items() if owner != backend]
+    defaults = {name: getattr(CompileOptions, name) for name in foreign}
+    return replace(options, backend=backend, **defaults)
 
 
 def _row(
