@@ -14,6 +14,7 @@ from inlay.backends.base import LoadedModel
 from inlay.backends.inductor import invariance
 from inlay.backends.inductor.invariance import FIXED_ROWS, rows_are_alike
 from inlay.backends.kernels.cpu_ops import load_ops
+from inlay.backends.program import Program, SegmentStep
 from inlay.errors import OptionError
 from inlay.passes.check import relative_rms
 from tests.runtime.driver import GREEDY, Driver
@@ -237,6 +238,28 @@ def test_products_of_activations_are_refused() -> None:
     graphs = {"middle": torch.fx.GraphModule({}, graph)}
     with pytest.raises(OptionError, match=r"segment middle multiplies matrices in .*aten.matmul"):
         invariance.make_batch_invariant(program, graphs, [], [])
+
+
+def test_rows_are_fixed_by_the_type_of_each_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 model's router may be float32."""
+    graph = torch.fx.Graph()
+    x, narrow, wide = (graph.placeholder(name) for name in ("x", "narrow", "wide"))
+    for node, kind, dtype in (
+        (x, "input", torch.bfloat16),
+        (narrow, "weight", torch.bfloat16),
+        (wide, "weight", torch.float32),
+    ):
+        node.meta.update(kind=kind, spec=((32, 32), dtype))
+    linear = torch.ops.inlay.linear.default
+    graph.output([graph.call_function(linear, (x, narrow)), graph.call_function(linear, (x, wide))])
+    step = SegmentStep("only", ("narrow", "wide"), ("x",), ("a", "b"))
+    program = Program((step,), "a", "b", "bfloat16", 32)
+    weights = [[torch.zeros(1), torch.ones(1)]]
+    fixed: list[torch.Tensor] = []
+    monkeypatch.setattr(invariance, "fix_rows", lambda handle, rows: fixed.append(handle))
+    graphs = {"only": torch.fx.GraphModule({}, graph)}
+    invariance.make_batch_invariant(program, graphs, weights, ["avx2", "fma", "f16c"])
+    assert fixed == [weights[0][1]]
 
 
 def test_which_cpus_sum_alike() -> None:

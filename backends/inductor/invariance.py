@@ -64,7 +64,11 @@ def make_batch_invariant(
             # Its own: routers may be float32 among bfloat16.
             dtype = str(nodes[index].meta["spec"][1]).removeprefix("torch.")
             if not rows_are_alike(dtype, cpu_flags):
-                torch.ops.inlay_cpu.fix_rows(tensors[index], FIXED_ROWS)
+                fix_rows(tensors[index], FIXED_ROWS)
+
+
+def fix_rows(handle: torch.Tensor, rows: int) -> None:
+    torch.ops.inlay_cpu.fix_rows(handle, rows)
 
 
 def rows_are_alike(dtype: str, cpu_flags: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import platform
 import resource
@@ -321,3 +322,26 @@ def test_an_artifact_that_was_moved_aside_when_its_process_died(tmp_path: Path) 
     with claimed(target):
         assert content(target) == "old"
     assert names(tmp_path) == ["engine"]
+
+
+def test_a_process_of_another_host_is_seen_too(tmp_path: Path) -> None:
+    """Two containers may share a directory: a lock is held or it is not, wherever."""
+    target = tmp_path / "engine"
+    left = tmp_path / ".engine.tmp-other-host-1-abc"
+    left.mkdir()
+    lock = os.open(left, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(BuildError, match=r"is being written by process 1 just now"):
+        write(target)
+    os.close(lock)
+    write(target)
+    assert names(tmp_path) == ["engine"]
+
+
+def test_a_target_whose_name_begins_with_anothers(tmp_path: Path) -> None:
+    with claimed(tmp_path / "engine.tmp-b"), claimed(tmp_path / "engine"):
+        assert len(names(tmp_path)) == 2
+    other = tmp_path / ".engine.tmp-b.tmp-host-1-abc"
+    other.mkdir()
+    write(tmp_path / "engine")
+    assert names(tmp_path) == [other.name, "engine"]

@@ -520,6 +520,13 @@ def test_avx2_takes_bfloat16_of_any_size() -> None:
     assert torch.equal(out[rest], clean[rest])
 
 
+@pytest.mark.parametrize("bias", [torch.zeros(64), torch.zeros(1).bfloat16()])
+def test_linear_refuses_a_bias_that_is_not_like_its_outputs(bias: torch.Tensor) -> None:
+    handle = torch.ops.inlay_cpu.pack_linear(torch.ones(64, 32).bfloat16())
+    with pytest.raises(RuntimeError, match=r"bias must be \[64\] and BFloat16 like x, got"):
+        torch.ops.inlay_cpu.linear(torch.ones(2, 32).bfloat16(), handle, bias, 64)
+
+
 def test_linear_refuses_what_is_not_a_handle() -> None:
     handle = torch.ops.inlay_cpu.pack_linear(torch.randn(6, 4))
     linear, x = torch.ops.inlay_cpu.linear, torch.randn(2, 4)

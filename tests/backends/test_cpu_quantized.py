@@ -467,3 +467,23 @@ def test_refusals() -> None:
         ops.int8_linear(weight[:2], torch.ones(2), None, packed, scale, None, 32, torch.int8)
     with pytest.raises(RuntimeError, match="q must be Float8_e4m3fn"):
         ops.fp8_linear(weight[:2], torch.ones(2), narrow, scale, None, 32, torch.float32)
+
+
+@pytest.mark.parametrize("isa", ["auto", "portable"])
+def test_small_fp8_weights_do_not_need_denormal_numbers(isa: str) -> None:
+    """A process may have told the CPU to take these for zero (torch.set_flush_denormal)."""
+    ops = torch.ops.inlay_cpu
+    weight = (torch.randn(64, 96) * 0.004).to(torch.float8_e4m3fn)  # most are below 2^-6
+    x = torch.randn(3, 96)
+    handle, scale = ops.pack_weight_only(weight), torch.ones(1, 64)
+    ops.set_isa(isa)
+    try:
+        usual = ops.weight_only_linear(x, handle, scale, None, None, 64)
+        assert torch.set_flush_denormal(True)
+        flushed = ops.weight_only_linear(x, handle, scale, None, None, 64)
+    finally:
+        torch.set_flush_denormal(False)
+        ops.set_isa("auto")
+    assert torch.equal(flushed, usual)
+    # Sums of 96 products in float32.
+    torch.testing.assert_close(usual, x @ weight.float().T, rtol=1e-5, atol=1e-6)

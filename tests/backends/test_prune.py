@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,3 +187,22 @@ def test_two_at_once_are_refused(engine: Engine, tmp_path: Path) -> None:
             with pytest.raises(InlayError, match=rf"written by process {os.getpid()} just now"):
                 start()
     engine.prune(tmp_path / "x")
+
+
+def test_an_artifact_is_not_pruned_in_its_own_place(engine: Engine) -> None:
+    with pytest.raises(BuildError, match=r"is the artifact itself, which would lose its weights"):
+        engine.prune(engine.path)
+    assert (engine.path / "weights" / "00000.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["weights/00000.safetensors", "constants.safetensors"])
+def test_a_damaged_one_is_not_pruned(engine: Engine, tmp_path: Path, name: str) -> None:
+    copy = Engine.load(shutil.copytree(engine.path, tmp_path / "copy"))
+    file = copy.path / name
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.unlink()  # it may be a hard link
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match=rf"{name} has been changed: its sha256 differs"):
+        copy.prune(tmp_path / "pruned")
+    assert not (tmp_path / "pruned").exists()

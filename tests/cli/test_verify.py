@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import pytest
 from inlay.backends.eager.backend import EagerBackend
 from inlay.backends.select import BACKENDS
 from inlay.cli import main
+from inlay.cli.verify import _owner
 from inlay.engine import build
 from inlay.errors import BuildError, OptionError
 from inlay.lowering.options import CompileOptions
+from inlay.verify.backends import for_backend
 from inlay.verify.source import random_source, with_layers
 from tests.toys import build_toy
 
@@ -201,3 +204,15 @@ def test_a_shallower_model_keeps_every_kind_of_layer() -> None:
     assert shallow.layer_types == ["sliding_attention", "full_attention"]
     with pytest.raises(OptionError, match="from 1 to the model's 2"):
         with_layers(shallow, 3)
+
+
+def test_options_of_one_backend_beside_others() -> None:
+    """--backends eager,tensorrt --target sm89 is no reason to refuse eager."""
+    options = CompileOptions(backend="tensorrt", target="sm89", dtype="float16")
+    assert for_backend(options, "tensorrt") == options
+    eager = for_backend(options, "eager")
+    assert (eager.backend, eager.target, eager.dtype) == ("eager", "auto", "float16")
+    given = argparse.Namespace(backends="eager, tensorrt", target="sm89", backend="inductor")
+    assert _owner(given) == "tensorrt"
+    assert _owner(argparse.Namespace(backends="eager", target="sm89")) is None
+    assert _owner(argparse.Namespace(backends="eager,tensorrt", target="auto")) is None

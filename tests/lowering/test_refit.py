@@ -90,6 +90,27 @@ def test_weights_are_those_of_a_fresh_build(case: str, tmp_path: Path) -> None:
     assert tokens(again) == tokens(engine)
 
 
+def test_what_was_not_run_again_is_not_said_to_be(tmp_path: Path) -> None:
+    model = build_toy("llama")
+    engine = compile_model(model, "eager", **OPTIONS)
+    assert engine.manifest["checked"] == "the eager engine"
+    refitted = engine.refit(model, tmp_path / "refitted", verify="capture")
+    assert "checked" not in refitted.manifest
+    assert "engine" not in refitted.manifest["errors"]
+    again = refitted.refit(model, tmp_path / "again", verify="engine")
+    assert again.manifest["checked"] == "the eager engine"
+
+
+def test_what_code_says_of_itself_is_told_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_toy("llama")
+    engine = compile_model(model, "eager", **OPTIONS)
+    monkeypatch.setattr(EagerBackend, "refit", lambda *_: {"version": "9.9"})
+    refitted = engine.refit(model, tmp_path / "refitted")
+    assert refitted.manifest["target"] == {**engine.manifest["target"], "version": "9.9"}
+
+
 @pytest.mark.parametrize(
     "form",
     [gptq(), gptq(4, 32, False, desc_act=True), w8a8({})],

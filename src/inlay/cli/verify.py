@@ -50,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.artifact is not None:
         engine = Engine.load(arguments.artifact, check_weights=True)
         arguments.backend, arguments.dtype = engine.backend, engine.manifest["dtype"]
+    if arguments.backends is not None:
+        arguments.backend = _owner(arguments) or arguments.backend
     options = dataclass_from_arguments(arguments, CompileOptions)
     source = _source(arguments, options)
     workload = {
@@ -64,6 +66,19 @@ def run(arguments: argparse.Namespace) -> int:
     report = verify_model(source, options, engine=engine, **workload)
     print(json.dumps(report.to_json()) if arguments.json else "\n".join(lines(report)))
     return 0 if report.ok else 1
+
+
+def _owner(arguments: argparse.Namespace) -> str | None:
+    """The backend, of those to be run, that alone has an option which was given."""
+    from inlay.backends.base import BACKEND_OPTIONS
+    from inlay.lowering.options import CompileOptions
+
+    names = [name.strip() for name in arguments.backends.split(",")]
+    for option, owner in BACKEND_OPTIONS.items():
+        given = getattr(arguments, option, None) not in (None, getattr(CompileOptions, option))
+        if given and owner in names:
+            return owner
+    return None
 
 
 def _several(arguments: argparse.Namespace, source: Any, options: Any, workload: Any) -> int:

@@ -80,6 +80,11 @@ def test_the_lm_head_has_a_format_of_its_own(text: str, head: Scheme | None) -> 
         ("w8a8,smoothing=2", "smoothing must be from 0 to 1, got 2.0"),
         ("w8a8,num_samples=0", "num_samples must be an integer >= 1, got 0"),
         ({"format": "w8a8", "symmetric": 1}, "symmetric must be one of True, False, got 1"),
+        ({"group_size": 64}, "format is missing; it is one of w8a8"),
+        ({"format": ["w8a8"]}, "format must be one of w8a8, w8a16, w4a16, fp8, got ['w8a8']"),
+        ({"format": "w8a8", "ignore": 5}, "ignore must be a list of patterns of names, got 5"),
+        ({"format": "w8a8", "ignore": [5]}, "ignore must be a list of patterns of names, got (5,)"),
+        ({"format": "w8a8", "calibration": 5}, "calibration must be a file's name or texts, got 5"),
     ],
 )
 def test_what_cannot_be_is_refused(value: Any, words: str) -> None:
