@@ -80,21 +80,24 @@ def writing(target: Path) -> Iterator[Path]:
 def _take(target: Path) -> tuple[Path, int]:
     """A locked temporary directory of this target, and the lock's descriptor."""
     begin = f".{target.name}.tmp-"
-    of_target = re.compile(rf"{re.escape(begin)}(?!.*\.tmp-).*-(\d+)-\w+?({ASIDE})?")
+    of_target = re.compile(rf"{re.escape(begin)}(?!.*\.tmp-)(.*)-(\d+)-\w+?({ASIDE})?")
     with _locked(target.parent):  # nobody takes a directory for dead that is not locked yet
         for path in target.parent.glob(f"{glob.escape(begin)}*"):
             named = of_target.fullmatch(path.name)
             if named is None:  # of a target that has this one's name in its own
                 continue
-            if path.name.endswith(ASIDE) and not target.exists():
+            host, pid, _ = named.groups()
+            is_ours = host == platform.node()
+            if is_ours and path.name.endswith(ASIDE) and not target.exists():
                 path.rename(target)  # the process died between the two renames of _swap
                 continue
             if _is_locked(path):
                 raise BuildError(
-                    f"output {target} is being written by process {named[1]} just now; wait for it "
+                    f"output {target} is being written by process {pid} just now; wait for it "
                     "to end, or name another directory"
                 )
-            shutil.rmtree(path, ignore_errors=True)
+            if is_ours:  # not every file system shows locks of other hosts
+                shutil.rmtree(path, ignore_errors=True)
         prefix = f"{begin}{platform.node()}-{os.getpid()}-"
         directory = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
         lock = os.open(directory, os.O_RDONLY)

