@@ -193,11 +193,12 @@ def test_the_code_may_hold_weights(
     def plan(directory: Path) -> Path:
         return directory / "segments" / "plan"
 
-    def refit(self: Any, directory: Path, program: Any, settings: Any) -> None:
+    def refit(self: Any, directory: Path, program: Any, settings: Any) -> dict[str, Any]:
         reader = WeightReader(directory)
         plan(directory).write_text(str(float(reader.get("lm_head.weight").sum())))
         assert settings.limits.block_size == 16
         assert program == engine.artifact.program
+        return {}
 
     monkeypatch.setattr(EagerBackend, "weight_files", lambda self, directory: [plan(directory)])
     monkeypatch.setattr(EagerBackend, "refit", refit)
