@@ -104,7 +104,7 @@ class QuantizationConfig:
             )
         if isinstance(self.calibration, bool | int | float | bytes | Mapping):
             raise OptionError(
-                "quantization: calibration must be a file's name or texts, got "
+                "quantization: calibration must be a file, or an iterable of texts, got "
                 f"{self.calibration!r}"
             )
         object.__setattr__(self, "format", ALIASES.get(self.format, self.format))

@@ -84,7 +84,10 @@ def test_the_lm_head_has_a_format_of_its_own(text: str, head: Scheme | None) -> 
         ({"format": ["w8a8"]}, "format must be one of w8a8, w8a16, w4a16, fp8, got ['w8a8']"),
         ({"format": "w8a8", "ignore": 5}, "ignore must be a list of patterns of names, got 5"),
         ({"format": "w8a8", "ignore": [5]}, "ignore must be a list of patterns of names, got (5,)"),
-        ({"format": "w8a8", "calibration": 5}, "calibration must be a file's name or texts, got 5"),
+        (
+            {"format": "w8a8", "calibration": 5},
+            "calibration must be a file, or an iterable of texts, got 5",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(value: Any, words: str) -> None:
