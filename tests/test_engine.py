@@ -368,7 +368,10 @@ def test_two_processes_build_one_target(tmp_path: Path) -> None:
         builder.stdin.flush()
     for builder in builders:
         errors.append(builder.communicate(timeout=120)[1])
-    assert [builder.returncode for builder in builders] == [0, 0], errors
+    # The second is refused, unless it came when the first was done.
+    statuses = sorted(builder.returncode for builder in builders)
+    assert statuses in ([0, 0], [0, 1]), errors
+    assert "is being written by process" in "".join(errors) or statuses == [0, 0]
     assert [path.name for path in target.parent.iterdir()] == ["engine"]
     assert Engine.load(target, check_weights=True).manifest["architecture"] == "llama"
 
