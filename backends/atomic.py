@@ -37,6 +37,7 @@ class Claim:
         Raises BuildError where the disk is full or read-only, or something else stands there now.
         """
         try:
+            self._directory.mkdir()
             yield self._directory
             _sync(self._directory)
             _swap(self._directory, self.target)
@@ -49,8 +50,9 @@ def claimed(target: Path) -> Iterator[Claim]:
     """Keep a target for this block alone, from before the work that is to fill it.
 
     On any error, an interrupt included, the temporary directory is removed and an artifact that
-    stood at target is still there. The claim is a lock on that directory, which the system gives
-    up when the process dies, however it does; the next one removes what a dead process left.
+    stood at target is still there. The claim is a lock on the directory around it,
+    which the system gives up when the process dies, however it does; the next one removes what a
+    dead process left.
 
     Raises:
         BuildError: target is something else than an artifact, cannot be written, or is being
@@ -60,13 +62,14 @@ def claimed(target: Path) -> Iterator[Claim]:
     try:
         check_target(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        directory, lock = _take(target)
+        own, lock = _take(target)
     except OSError as error:
         raise _cannot_write(target, error) from error
     try:
+        directory = own / target.name  # not `own`: its lock would stop who writes inside of it
         yield Claim(target, directory)
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)
         os.close(lock)
 
 
@@ -106,7 +109,10 @@ def _take(target: Path) -> tuple[Path, int]:
 
 
 def _is_locked(path: Path) -> bool:
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # its owner has just ended
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return False
@@ -200,7 +206,7 @@ def _sync(directory: Path) -> None:
 
 def _swap(directory: Path, target: Path) -> None:
     """Put directory in target's place; an old artifact there is moved aside first."""
-    old = directory.with_name(directory.name + ASIDE)
+    old = target.with_name(directory.parent.name + ASIDE)
     try:
         with _locked(target.parent) as folder:
             check_target(target)

@@ -209,7 +209,7 @@ from inlay.backends.atomic import temporary_directory, writing
 temporary_directory(Path(sys.argv[1]), "engine-")
 with writing(Path(sys.argv[1]) / "engine") as directory:
     (directory / "file").write_text("half")
-    print(directory.name, flush=True)
+    print(directory.parent.name, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -345,3 +345,13 @@ def test_a_target_whose_name_begins_with_anothers(tmp_path: Path) -> None:
     other.mkdir()
     write(tmp_path / "engine")
     assert names(tmp_path) == [other.name, "engine"]
+
+
+def test_one_written_inside_of_another_that_is_being_written(tmp_path: Path) -> None:
+    with writing(tmp_path / "outer") as outer:
+        with writing(outer / "inner") as inner:
+            (inner / MANIFEST).write_text("{}")
+        (outer / MANIFEST).write_text("{}")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+        ["outer", "inner", MANIFEST, MANIFEST]
+    )
