@@ -80,9 +80,10 @@ class FlatRequests:
 class StepInputs:
     """The tensors of one step. T tokens, B requests, R wanted logits, G KV groups.
 
-    Padding: tokens beyond query_start_loc[-1] belong to no request, have slot -1 and position 0;
-    requests beyond the real ones have seq_len 0 and no tokens; logits rows beyond num_logits
-    repeat token 0 and are to be ignored.
+    Padding: tokens beyond query_start_loc[-1] belong to no request, have slot -1, and repeat the
+    last real one, so that a kernel may compute equal rows once; requests beyond the real ones have
+    seq_len 0 and no tokens; logits rows beyond num_logits repeat the last real one, or token 0
+    where there is none, and are to be ignored.
     """
 
     input_ids: torch.Tensor  # [T] int64
@@ -152,15 +153,12 @@ def build_step(
     assert counts.min() > 0, "a request without tokens has no last row"
 
     owner = np.repeat(np.arange(real_b), counts)
-    positions = np.zeros(size_t, dtype=np.int64)
-    positions[:real_tokens] = np.arange(real_tokens) + (computed - starts[:-1])[owner]
-    input_ids = np.zeros(size_t, dtype=np.int64)
-    input_ids[:real_tokens] = requests.token_ids
+    positions = np.arange(real_tokens) + (computed - starts[:-1])[owner]
 
     block_tables = np.zeros((num_groups, size_b, max_blocks), dtype=np.int32)
     block_tables[:, :real_b] = requests.block_tables
     slot_mapping = np.full((num_groups, size_t), PADDING_SLOT, dtype=np.int64)
-    index, offset = np.divmod(positions[:real_tokens], block_size)
+    index, offset = np.divmod(positions, block_size)
     blocks = block_tables[:, owner, index].astype(np.int64)
     slot_mapping[:, :real_tokens] = blocks * block_size + offset
 
@@ -172,17 +170,21 @@ def build_step(
     ends = np.cumsum(rows)
     wanted = np.arange(ends[-1]) + np.repeat(starts[1:] - ends, rows)
     size_r = max(num_logits or len(wanted), len(wanted), SMALLEST)
-    logits_indices = np.zeros(size_r, dtype=np.int64)
-    logits_indices[: len(wanted)] = wanted
     return StepInputs(
-        input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.from_numpy(positions),
+        input_ids=_repeat_last(requests.token_ids, size_t),
+        position_ids=_repeat_last(positions, size_t),
         slot_mapping=torch.from_numpy(slot_mapping),
         block_tables=torch.from_numpy(block_tables),
         seq_lens=torch.from_numpy(seq_lens),
         query_start_loc=torch.from_numpy(query_start_loc),
-        logits_indices=torch.from_numpy(logits_indices),
+        logits_indices=_repeat_last(wanted, size_r),
         num_tokens=real_tokens,
         num_requests=real_b,
         num_logits=len(wanted),
     )
+
+
+def _repeat_last(values: np.ndarray, size: int) -> torch.Tensor:
+    padded = np.full(size, values[-1] if len(values) else 0, dtype=np.int64)
+    padded[: len(values)] = values
+    return torch.from_numpy(padded)

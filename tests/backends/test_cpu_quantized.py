@@ -219,11 +219,18 @@ def test_fp8_linear(isa: str, groups: int, shape: tuple[int, int], dtype: torch.
 # --- rows, threads ---------------------------------------------------------------------------
 
 
-def one_of_each(inputs: int, outputs: int, rows: int) -> list[tuple[str, object]]:
-    """(name, call of the rows [begin, end)) for every kind of product."""
+def one_of_each(
+    inputs: int, outputs: int, rows: int, repeated: int = 0
+) -> list[tuple[str, object]]:
+    """(name, call of the rows [begin, end)) for every kind of product.
+
+    repeated: so many of the last rows are like the one before them.
+    """
     ops, calls = torch.ops.inlay_cpu, []
     q, x_scale = integers(rows, inputs), torch.rand(rows, 1)
     x8, x = stored_weight("fp8", rows, inputs), torch.randn(rows, inputs).bfloat16()
+    for given in (q, x_scale, x8.view(torch.uint8), x):
+        given[rows - repeated :] = given[rows - repeated - 1]
     w_scale = torch.rand(1, outputs)
     packed = ops.pack_int8(integers(outputs, inputs))
     calls.append(
@@ -272,6 +279,29 @@ def test_rows_do_not_depend_on_the_batch_or_threads(isa: str) -> None:
             torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("repeated", [1, 4, 9])
+def test_rows_that_repeat_the_one_before_them(isa: str, repeated: int) -> None:
+    """They are computed once: the results are those of rows that are computed by themselves."""
+    rows = 10
+    for name, call in one_of_each(256, 96, rows, repeated):
+        whole = call(0, rows)
+        for row in range(rows):
+            assert torch.equal(call(row, row + 1), whole[row : row + 1]), (name, row)
+
+
+def test_equal_numbers_of_unequal_scales_are_unequal_rows(isa: str) -> None:
+    ops = torch.ops.inlay_cpu
+    q, scale = integers(1, 64).expand(3, -1).contiguous(), torch.tensor([[1.0], [2.0], [2.0]])
+    handle, w_scale = ops.pack_int8(integers(32, 64)), torch.rand(1, 32)
+    zero = torch.tensor([[0], [0], [5]], dtype=torch.int32)
+    args = (handle, w_scale, None, 32, torch.float32)
+    whole = ops.int8_linear(q, scale, zero, *args)
+    for row in range(3):
+        each = slice(row, row + 1)
+        assert torch.equal(ops.int8_linear(q[each], scale[each], zero[each], *args), whole[each])
+    assert len(whole.unique(dim=0)) == 3
+
+
 # --- experts ---------------------------------------------------------------------------------
 
 
@@ -306,6 +336,7 @@ def test_quantized_experts(
     index = torch.randint(-1, experts + 1, (tokens, 3))
     index[0] = -1
     shares = torch.rand(tokens, 3)
+    x[-3:], index[-3:], shares[-2:] = x[-3], index[-3], shares[-2]  # the last two repeat
     up = quantized_side(activations, kind, experts, 2 * inner, hidden)
     down = quantized_side(activations, kind, experts, hidden, inner)
     up_bias, down_bias = torch.randn(experts, 2 * inner).to(dtype), torch.randn(experts, hidden)

@@ -122,6 +122,16 @@ def test_the_same_bits_every_time_and_with_any_number_of_threads(dtype: torch.dt
     torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("differs", ["nothing", "x", "top_k_index", "top_k_weights"])
+def test_tokens_that_repeat_the_one_before_them(differs: str) -> None:
+    case = make_experts(num_tokens=6)
+    for given in (case.x, case.top_k_index, case.top_k_weights):
+        given[3:] = given[3]
+    if differs != "nothing":
+        getattr(case, differs)[5] = getattr(case, differs)[0]
+    check(case)
+
+
 def test_padding_beside_them_does_not_change_tokens() -> None:
     case = make_experts(num_tokens=8)
     case.top_k_index[4:] = -1

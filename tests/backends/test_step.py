@@ -73,10 +73,12 @@ def assert_padding(step: StepInputs) -> None:
     """What is beyond the real part belongs to nobody and is written nowhere."""
     assert (step.slot_mapping[:, step.num_tokens :] == PADDING_SLOT).all()
     assert (step.slot_mapping[:, : step.num_tokens] >= 0).all()
-    assert (step.position_ids[step.num_tokens :] == 0).all()
+    for ids in (step.input_ids, step.position_ids):
+        assert (ids[step.num_tokens :] == ids[step.num_tokens - 1]).all()
     assert (step.seq_lens[step.num_requests :] == 0).all()
     assert (step.query_start_loc[step.num_requests :] == step.num_tokens).all()
-    assert (step.logits_indices[step.num_logits :] == 0).all()
+    last = step.logits_indices[step.num_logits - 1] if step.num_logits else 0
+    assert (step.logits_indices[step.num_logits :] == last).all()
     assert (step.logits_indices < len(step.input_ids)).all()
 
 
@@ -122,7 +124,8 @@ def test_dtypes() -> None:
 
 def test_one_token_is_padded_to_two() -> None:
     step = build_step([StepRequest([7], 5, [[2, 3]])], 4)
-    assert step.input_ids.tolist() == [7, 0]
+    assert step.input_ids.tolist() == [7, 7]
+    assert step.position_ids.tolist() == [5, 5]
     assert step.slot_mapping.tolist() == [[3 * 4 + 1, PADDING_SLOT]]
     assert step.logits_indices.tolist() == [0, 0]
 

@@ -79,16 +79,30 @@ ExpertsArgs make_args(at::ScalarType dtype, const ExpertsOptions& o) {
   return args;
 }
 
+// As distinct_rows, of tokens that are described by several tensors.
+int64_t distinct_tokens(std::initializer_list<Tensor> all) {
+  int64_t most = 0;
+  for (const Tensor& t : all) {
+    const int64_t count = t.size(0), row_bytes = t.numel() / std::max<int64_t>(1, count) * t.element_size();
+    const bool taken = count > 0 && t.is_contiguous();
+    most = std::max(most, taken ? distinct_rows(t.const_data_ptr(), count, row_bytes, row_bytes) : count);
+  }
+  return most;
+}
+
 // The whole layer; up(grouping, x of tokens) and down(grouping, x of grouped rows) are the products.
 template <class Up, class Down>
-Tensor mix_experts(const Tensor& x, const Tensor& top_k_index, const Tensor& top_k_weights,
+Tensor mix_experts(const Tensor& all_x, const Tensor& all_index, const Tensor& all_weights,
                    const ExpertsSizes& sizes, const ExpertsOptions& options, const Up& up,
                    const Down& down) {
-  check_experts(x, top_k_index, top_k_weights, sizes, options.gated);
+  check_experts(all_x, all_index, all_weights, sizes, options.gated);
+  const int64_t tokens = distinct_tokens({all_x, all_index, all_weights});
+  const Tensor x = all_x.narrow(0, 0, tokens), top_k_index = all_index.narrow(0, 0, tokens),
+               top_k_weights = all_weights.narrow(0, 0, tokens);
   const Grouping grouping = group_by_expert(top_k_index, sizes.num_up);
   const Tensor weights = top_k_weights.to(at::kFloat).contiguous();
   const Tensor active = at::empty({grouping.rows(), sizes.down_in}, x.options());
-  Tensor out = at::empty({x.size(0), sizes.down_out}, x.options());
+  Tensor out = at::empty({all_x.size(0), sizes.down_out}, x.options());
   std::vector<Tensor> owners;
   ExpertsArgs args = make_args(x.scalar_type(), options);
   args.inner = sizes.down_in;
@@ -118,6 +132,8 @@ Tensor mix_experts(const Tensor& x, const Tensor& top_k_index, const Tensor& top
     std::vector<float> scratch(2 * (args.hidden + kMaxLanes));
     kernels.combine(args, first, last, scratch.data());
   });
+  if (tokens)
+    repeat_last_row(args.out, tokens, all_x.size(0), sizes.down_out * out.element_size());
   return out;
 }
 

@@ -271,6 +271,21 @@ MatmulRows matmul_rows(const Packed& p, const Tensor& x) {
   return p.kernel->widened ? widen_rows(x) : spread_rows(x);
 }
 
+// How many rows there are to compute: the last ones may repeat the one before them, as padding does.
+// No product depends on the other rows.
+int64_t distinct_rows(const void* rows, int64_t count, int64_t row_bytes, int64_t stride) {
+  const auto* last = static_cast<const char*>(rows) + (count - 1) * stride;
+  while (count > 1 && !std::memcmp(last, last - stride, row_bytes)) count--, last -= stride;
+  return count;
+}
+
+// The rows that were not computed.
+void repeat_last_row(void* rows, int64_t computed, int64_t count, int64_t row_bytes) {
+  auto* last = static_cast<char*>(rows) + (computed - 1) * row_bytes;
+  for (int64_t row = computed; row < count; row++)
+    std::memcpy(last + (row + 1 - computed) * row_bytes, last, row_bytes);
+}
+
 int64_t num_pair_blocks(int64_t out_features) {
   return (out_features + kSmallMatmulBlock - 1) / kSmallMatmulBlock;
 }
@@ -286,15 +301,18 @@ Tensor multiply_rows(const Packed& p, const Tensor& x, const OptionalTensor& bia
   const int64_t num_rows = x.numel() / p.in_features;
   if (num_rows == 0) return y;
   const MatmulRows rows = matmul_rows(p, x);
+  const int64_t row_bytes = p.in_features * (p.kernel->widened ? sizeof(float) : sizeof(uint16_t));
+  const int64_t computed = distinct_rows(rows.data(), num_rows, row_bytes, rows.stride);
   const Tensor flat_bias = bias ? bias->contiguous() : Tensor();
   const auto* b = bias ? static_cast<const uint16_t*>(flat_bias.const_data_ptr()) : nullptr;
   const SmallMatmul product{rows.data(), p.pairs, b, static_cast<uint16_t*>(y.mutable_data_ptr()),
-                            num_rows, p.in_features, p.out_features, rows.stride};
-  const RowParts parts(num_rows, rows.stride);
+                            computed, p.in_features, p.out_features, rows.stride};
+  const RowParts parts(computed, rows.stride);
   share_blocks(parts.count, num_pair_blocks(p.out_features), pair_block_bytes(p.in_features),
                [&](int64_t part, int64_t first, int64_t last) {
     p.kernel->multiply(product, parts.begin(part), parts.begin(part + 1), first, last);
   });
+  repeat_last_row(product.y, computed, num_rows, p.out_features * int64_t{sizeof(uint16_t)});
   return y;
 }
 

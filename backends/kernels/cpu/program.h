@@ -2,6 +2,7 @@
 // have left the caches each time that a segment has read its weights.
 #pragma once
 
+#include "linear.h"
 #include "paged_attention.h"
 
 #include <ATen/ops/unbind.h>
@@ -70,8 +71,10 @@ class Program : public torch::CustomClassHolder {
     values.resize(num_values);
     for (const ProgramStep& step : steps_) {
       if (step.package < 0) {
-        values.at(step.outputs[0]) = attention(step, values, slots.at(step.group),
-                                               tables.at(step.group), seq_lens, starts);
+        Tensor out = attention(step, values, slots.at(step.group), tables.at(step.group), seq_lens,
+                               starts);
+        repeat_padding(out, starts);
+        values.at(step.outputs[0]) = std::move(out);
       } else {
         Tensors inputs;
         inputs.reserve(step.tensors.size() + step.inputs.size());
@@ -92,6 +95,14 @@ class Program : public torch::CustomClassHolder {
   }
 
  private:
+  // Tokens of padding repeat the last real one (StepInputs), and go on doing so: products compute
+  // equal rows once.
+  static void repeat_padding(const Tensor& out, const Tensor& starts) {
+    const int64_t real = starts.const_data_ptr<int>()[starts.numel() - 1];
+    const int64_t row_bytes = out.stride(0) * out.element_size();
+    if (real > 0) repeat_last_row(out.mutable_data_ptr(), real, out.size(0), row_bytes);
+  }
+
   static Tensor attention(const ProgramStep& step, const Tensors& values, const Tensor& slots,
                           const Tensor& table, const Tensor& seq_lens, const Tensor& starts) {
     const Tensor &q = values.at(step.inputs[0]), &k = values.at(step.inputs[1]),

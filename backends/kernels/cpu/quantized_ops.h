@@ -79,6 +79,17 @@ void set_row_scale(QuantizedCall& call, const Tensor& scale, const OptionalTenso
   p.x_zero_row = p.x_scale_row;
 }
 
+// As distinct_rows of linear.h, of numbers that have scales and zero points.
+int64_t distinct_rows(const QuantizedProduct& p, const void* x, int64_t row_bytes) {
+  const auto distinct = [&](const void* rows, int64_t bytes) {
+    return bytes ? distinct_rows(rows, p.rows, bytes, bytes) : 1;
+  };
+  const int64_t scale_bytes = p.x_scale ? p.x_scale_row * int64_t{sizeof(float)} : 0;
+  const int64_t zero_bytes = p.x_zero ? p.x_zero_row * int64_t{sizeof(int32_t)} : 0;
+  return std::max({distinct(x, row_bytes), distinct(p.x_scale, scale_bytes),
+                   distinct(p.x_zero, zero_bytes)});
+}
+
 Tensor finish_call(QuantizedCall& call, const OptionalTensor& bias, at::ScalarType dtype) {
   QuantizedProduct& p = call.product;
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, "inlay_cpu::",
@@ -97,10 +108,14 @@ Tensor finish_call(QuantizedCall& call, const OptionalTensor& bias, at::ScalarTy
   p.y_dtype = dtype_of(call.op, "dtype", dtype);
   if (p.rows == 0) return y;
   const DType x_dtype = dtype_of(call.op, "x", call.x.scalar_type());
-  const PreparedRows rows = prepare_rows(p, x_dtype, call.keep(call.x), p.rows);
+  const int64_t num_rows = p.rows;
+  const void* x = call.keep(call.x);
+  p.rows = distinct_rows(p, x, p.in_features * call.x.element_size());
+  const PreparedRows rows = prepare_rows(p, x_dtype, x, p.rows);
   p.x = static_cast<const char*>(rows.memory.const_data_ptr());
   p.x_stride = rows.stride;
   multiply_all({p}, *rows.kernels);
+  repeat_last_row(p.y, p.rows, num_rows, p.out_features * y.element_size());
   return y;
 }
 
