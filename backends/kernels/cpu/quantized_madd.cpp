@@ -145,7 +145,7 @@ template <Format format, int Count, int Vecs>
 INLAY_INLINE void add_tiles(__m256i (&sums)[Count][Vecs], const char* x, int64_t stride,
                             const uint8_t* w, int64_t tiles) {
   for (; tiles > 0; --tiles, w += kTileBytes, x += 2 * inlay::tile_inputs(format)) {
-    if (Vecs < kBlockVecs) prefetch_step(w);
+    prefetch_step(w);
     add_part<format, 0>(sums, x, stride, w);
     add_part<format, 1>(sums, x, stride, w);
     if (format != Format::kInt4) continue;
@@ -157,47 +157,85 @@ INLAY_INLINE void add_tiles(__m256i (&sums)[Count][Vecs], const char* x, int64_t
 // The zero point that makes packed numbers signed.
 INLAY_INLINE int middle_of(Format format) { return format == Format::kInt4 ? 8 : 128; }
 
-// A group's scales of some vectors of outputs, and the zero points of unsigned numbers.
+// A group's scales of some vectors of outputs, and what comes off a sum for the zero points of
+// unsigned numbers.
 template <int Vecs>
 struct Factors {
-  VecF scale[Vecs];
-  VecI zero[Vecs];
+  VecF scales[Vecs];
+  VecI zeros[Vecs];
 
   Factors(const QuantizedProduct& p, int64_t group, int64_t first) {
 #pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v) {
       const int64_t column = first + v * kLanes, count = p.out_features - column;
       const int64_t at = group * p.out_features + column;
-      scale[v] = load_any(p.scale_dtype, p.scale, at, count);
-      zero[v] = VecI{} + middle_of(p.format);
+      scales[v] = load_any(p.scale_dtype, p.scale, at, count);
+      zeros[v] = VecI{} + middle_of(p.format);
       if (!p.zero) continue;
       const VecF given = load_any(DType::kInt8, p.zero, at, count);
-      zero[v] = (VecI)_mm256_cvtps_epi32((__m256)given) + (p.format == Format::kInt8 ? 128 : 0);
+      zeros[v] = (VecI)_mm256_cvtps_epi32((__m256)given) + (p.format == Format::kInt8 ? 128 : 0);
     }
   }
+  VecF scale(int v) const { return scales[v]; }
+  VecI zero(int v, int32_t sum) const { return zeros[v] * sum; }
 };
 
-// Sums of a block's vectors [first, first + Vecs).
-template <Format format, int Count, int Vecs>
-INLAY_NOINLINE void multiply_vectors(const QuantizedProduct& p, int64_t row, int64_t block,
-                                     int first, VecF (*to)[kBlockVecs]) {
+// The same of whole vectors of symmetric weights, whose scales are read where they are used.
+template <class T>
+struct SymmetricFactors {
+  const T* from;
+  int middle;
+
+  SymmetricFactors(const QuantizedProduct& p, int64_t group, int64_t first)
+      : from(static_cast<const T*>(p.scale) + group * p.out_features + first),
+        middle(middle_of(p.format)) {}
+  VecF scale(int v) const { return load(from + v * kLanes); }
+  VecI zero(int, int32_t sum) const { return VecI{} + middle * sum; }
+};
+
+constexpr int64_t kGroupsAhead = 8;
+
+// A group's scales are far from those of the group before: the CPU does not see them coming. Behind
+// the last group come those of the next block.
+INLAY_INLINE void prefetch_scales(const QuantizedProduct& p, int64_t group, int64_t column) {
+  const int64_t groups = p.in_features / p.group_size;
+  if (group >= groups) {
+    group = group - groups < groups ? group - groups : groups - 1;
+    column += kCodeBlock;
+  }
+  const int size = p.scale_dtype == DType::kFloat32 ? 4 : 2;
+  __builtin_prefetch(static_cast<const char*>(p.scale) + (group * p.out_features + column) * size);
+}
+
+// Sums of a block's vectors [first, first + Vecs), of integer activations.
+template <int Count, int Vecs>
+INLAY_NOINLINE void multiply_integers(const QuantizedProduct& p, int64_t row, int64_t block,
+                                      int first, VecF (*to)[kBlockVecs]) {
+  constexpr auto format = Format::kIntegers;
+  const uint8_t* w = p.codes + block * inlay::block_bytes(format, p.in_features) + first * 32;
+  constexpr int64_t inputs = inlay::tile_inputs(format);
+  __m256i sums[Count][Vecs] = {};
+  add_tiles<format>(sums, p.x + row * p.x_stride, p.x_stride, w,
+                    (p.in_features + inputs - 1) / inputs);
+#pragma GCC unroll 8
+  for (int r = 0; r < Count; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < Vecs; ++v) to[r][first + v] = (VecF)sums[r][v];
+}
+
+// The same, of weight-only formats.
+template <Format format, class F, int Count, int Vecs>
+INLAY_NOINLINE void multiply_groups(const QuantizedProduct& p, int64_t row, int64_t block,
+                                    int first, VecF (*to)[kBlockVecs]) {
   const int64_t stride = p.x_stride, size = segment_inputs(p.group_size);
   constexpr int64_t inputs = inlay::tile_inputs(format);
   const char* x = p.x + row * stride;
   const char* segments = x + plane_bytes(p.in_features);
   const uint8_t* w = p.codes + block * inlay::block_bytes(format, p.in_features) + first * 32;
-  if (format == Format::kIntegers) {
-    __m256i sums[Count][Vecs] = {};
-    add_tiles<format>(sums, x, stride, w, (p.in_features + inputs - 1) / inputs);
-#pragma GCC unroll 8
-    for (int r = 0; r < Count; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < Vecs; ++v) to[r][first + v] = (VecF)sums[r][v];
-    return;
-  }
   VecF totals[Count][Vecs] = {};
   for (int64_t group = 0, k = 0; k < p.in_features; ++group) {
-    const Factors<Vecs> f(p, group, block * kCodeBlock + first * kLanes);
+    const F f(p, group, block * kCodeBlock + first * kLanes);
+    prefetch_scales(p, group + kGroupsAhead, block * kCodeBlock + first * kLanes);
     for (const int64_t group_end = k + p.group_size; k < group_end; segments += sizeof(Segment)) {
       const int64_t end = k + size < group_end ? k + size : group_end;
       const int64_t tiles = (end - k + inputs - 1) / inputs;
@@ -209,8 +247,8 @@ INLAY_NOINLINE void multiply_vectors(const QuantizedProduct& p, int64_t row, int
         memcpy(&s, segments + r * stride, sizeof s);
 #pragma GCC unroll 8
         for (int v = 0; v < Vecs; ++v) {
-          const VecI n = (VecI)sums[r][v] - f.zero[v] * s.sum;
-          totals[r][v] += __builtin_convertvector(n, VecF) * (f.scale[v] * s.unit);
+          const VecI n = (VecI)sums[r][v] - f.zero(v, s.sum);
+          totals[r][v] += __builtin_convertvector(n, VecF) * (f.scale(v) * s.unit);
         }
       }
       w += tiles * kTileBytes;
@@ -221,6 +259,20 @@ INLAY_NOINLINE void multiply_vectors(const QuantizedProduct& p, int64_t row, int
   for (int r = 0; r < Count; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < Vecs; ++v) to[r][first + v] = totals[r][v];
+}
+
+template <Format format, int Count, int Vecs>
+INLAY_INLINE void multiply_vectors(const QuantizedProduct& p, int64_t row, int64_t block, int first,
+                                   VecF (*to)[kBlockVecs]) {
+  const bool plain = !p.zero && (block + 1) * kCodeBlock <= p.out_features;
+  if (format == Format::kIntegers)
+    multiply_integers<Count, Vecs>(p, row, block, first, to);
+  else if (plain && p.scale_dtype == DType::kBFloat16)
+    multiply_groups<format, SymmetricFactors<BFloat16>, Count, Vecs>(p, row, block, first, to);
+  else if (plain && p.scale_dtype == DType::kFloat32)
+    multiply_groups<format, SymmetricFactors<float>, Count, Vecs>(p, row, block, first, to);
+  else
+    multiply_groups<format, Factors<Vecs>, Count, Vecs>(p, row, block, first, to);
 }
 
 // Few rows take a block at once, so that the weights stream by line by line.
