@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from inlay.backends.program import Program
 from inlay.backends.step import StepInputs
 from inlay.errors import RequestError
+from inlay.passes.quantize.config import Scheme
 
 if TYPE_CHECKING:
     from inlay.backends.artifact import Artifact
@@ -111,22 +112,41 @@ class LoadedModel(Protocol):
         LM head takes: those after the last norm. An encoder gives its hidden states twice."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BackendOptions:
+    """See `CompileOptions`."""
+
+    library: str = "auto"
+    target: str = "auto"
+    fallback: str = "none"
+    whole: bool = False
+
+
 @dataclass(frozen=True)
-class BuildSettings:
+class BuildSettings(BackendOptions):
     """What a backend needs to know to compile segments.
 
     progress: called with a line of text when a part of the build ends. origin: the model's name,
-        noted beside what is cached. library, target, fallback, whole: see `CompileOptions`.
+        noted beside what is cached.
     """
 
     limits: ModelLimits
     optimization_level: int
     progress: Callable[[str], None]
     origin: str = ""
-    library: str = "auto"
-    target: str = "auto"
-    fallback: str = "none"
-    whole: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known(BackendOptions):
+    """What is known of a build before a model is captured, which may take minutes.
+
+    dtype: as in `Program`; "" while only a checkpoint that was not opened says it. schemes: some
+        that layers are sure to have; is_stored: they are a checkpoint's own, not asked for.
+    """
+
+    dtype: str = ""
+    schemes: tuple[Scheme, ...] = ()
+    is_stored: bool = False
 
 
 BACKEND_OPTIONS = {
@@ -135,8 +155,7 @@ BACKEND_OPTIONS = {
     "fallback": "tensorrt",
     "whole": "onnxruntime",
 }
-"""Options that one backend alone has, with its name: fields of `BuildSettings` and of
-`CompileOptions`."""
+"""Options that one backend alone has, with its name: the fields of `BackendOptions`."""
 
 
 class Checkable(NamedTuple):
@@ -155,6 +174,11 @@ class Backend(Protocol):
     """How segments become code, and how that code is run. Backends inherit of it."""
 
     name: str
+
+    def check_early(self, known: Known) -> None:
+        """Raise what `check` would, where this is enough to know it. Asked before a model is
+        opened, when its config is read and when it is loaded, each time with more."""
+        return
 
     def prepare(self) -> None:
         """Begin, in the background, what a build needs whatever the model; errors come in check."""

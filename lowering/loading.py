@@ -36,6 +36,7 @@ from inlay.lowering.quantized_checkpoint.formats import take_format
 from inlay.lowering.quantized_checkpoint.placing import plan_of
 from inlay.lowering.quantized_checkpoint.reader import QuantizedFiles
 from inlay.lowering.support import auto_class, check_supported
+from inlay.passes.quantize.config import Scheme
 from inlay.passes.quantize.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def load_source(
     dtype: str,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
+    look: Callable[[str, tuple[Scheme, ...]], None] = lambda dtype, schemes: None,
 ) -> Source:
     """Load through `from_pretrained`: its conversion mapping, ties, buffers and memory maps.
 
@@ -92,7 +94,9 @@ def load_source(
 
     dtype: a key of DTYPES, or "auto" for the checkpoint's own. An in-memory model of another
     dtype is converted into a copy; it is never changed itself. trust_remote_code: run Python code
-    that comes with the checkpoint, where its config names such.
+    that comes with the checkpoint, where its config names such. look: called before weights are
+    read, with the dtype they will have ("" where their files say it) and schemes of the
+    checkpoint's own quantization; what it raises is raised.
 
     Raises:
         ModelLoadError: no such directory, hub not reachable, damaged or incomplete files.
@@ -110,6 +114,7 @@ def load_source(
         if format_ is not None:
             wanted = wanted or config.dtype or config.get_text_config().dtype or format_.dtype
             files = QuantizedFiles(format_, wanted)
+        look(dtype_name(wanted or config.dtype), () if format_ is None else format_.schemes)
         loaded = guarded(name, lambda: _load(name, wanted, config, options, files))
         guarded(name, lambda: check_files(name, files is not None))
         if tokenizer is None:
@@ -130,6 +135,11 @@ def load_source(
             f"{', '.join(DTYPES)}; give one of these"
         )
     return source
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """As programs and options have it; "" of None."""
+    return "" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _hub_options(name: str, trust_remote_code: bool) -> dict[str, Any]:

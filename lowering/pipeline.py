@@ -31,7 +31,7 @@ from inlay.backends.artifact import (
     write_weights,
 )
 from inlay.backends.atomic import Claim, claimed
-from inlay.backends.base import BACKEND_OPTIONS, Backend, BuildSettings, ModelLimits
+from inlay.backends.base import BACKEND_OPTIONS, Backend, BuildSettings, Known, ModelLimits
 from inlay.backends.graph_json import graph_to_json
 from inlay.backends.program import Program
 from inlay.backends.select import get_backend
@@ -44,10 +44,15 @@ from inlay.lowering.guards import (
     packed_check,
     reference_logits,
 )
-from inlay.lowering.loading import Source, load_pooling, load_source
+from inlay.lowering.loading import Source, dtype_name, load_pooling, load_source
 from inlay.lowering.options import CompileOptions, check_against_model
 from inlay.lowering.partition import partition
-from inlay.lowering.quantization import check_unquantized, make_plan, write_samples
+from inlay.lowering.quantization import (
+    check_unquantized,
+    make_plan,
+    sure_schemes,
+    write_samples,
+)
 from inlay.lowering.quantization_check import quantized_references
 from inlay.lowering.rope import data_dependent
 from inlay.lowering.stored_graph import write_graph
@@ -60,7 +65,7 @@ from inlay.passes.pass_manager import (
     quantization,
     run_passes,
 )
-from inlay.passes.quantize.config import NONE
+from inlay.passes.quantize.config import NONE, Scheme
 from inlay.passes.quantize.plan import Plan
 from inlay.passes.weights import WeightMaker
 
@@ -74,14 +79,14 @@ class Phases:
 
     def __init__(self, progress: Progress) -> None:
         self.seconds: dict[str, float] = {}
-        self._progress = progress
+        self.progress = progress
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - begin, 3)
-        self._progress(f"{name}: {self.seconds[name]:.1f} s")
+        self.progress(f"{name}: {self.seconds[name]:.1f} s")
 
 
 def lower(
@@ -100,24 +105,23 @@ def lower(
         ModelLoadError, UnsupportedModelError, OptionError, BuildError: see each phase.
         VerificationError: the result does not compute what Hugging Face computes.
     """
-    get_backend(options.backend)
+    backend = get_backend(options.backend)
     with claimed(target) as claim:
-        _lower(model, claim, options, tokenizer, Phases(progress), progress)
+        _lower(model, claim, backend, options, tokenizer, Phases(progress))
     return target
 
 
 def _lower(
     model: Any,
     claim: Claim,
+    backend: Backend,
     options: CompileOptions,
     tokenizer: Any,
     phase: Phases,
-    progress: Progress,
 ) -> None:
-    backend = get_backend(options.backend)
+    progress = phase.progress
     with phase("load"):
-        source = load_source(model, options.dtype, tokenizer, options.trust_remote_code)
-        check_unquantized(options.quantization, source)
+        source = _load(model, backend, options, tokenizer)
         del model
     backend.prepare()
     name, hf = source.name, source.model
@@ -192,11 +196,34 @@ def _lower(
         write_manifest(directory, manifest)
 
 
+def _load(model: Any, backend: Backend, options: CompileOptions, tokenizer: Any) -> Source:
+    """The model, refused as soon as enough is known to."""
+    config, own = options.quantization, _own_options(options)
+    asked = sure_schemes(config)
+    dtype = "" if options.dtype == "auto" else options.dtype
+    backend.check_early(Known(dtype=dtype, schemes=asked, **own))
+
+    def look(dtype: str, stored: tuple[Scheme, ...]) -> None:
+        schemes = stored or asked
+        backend.check_early(Known(dtype=dtype, schemes=schemes, is_stored=bool(stored), **own))
+
+    source = load_source(model, options.dtype, tokenizer, options.trust_remote_code, look)
+    check_unquantized(config, source)
+    schemes, is_stored = sure_schemes(config, source), source.stored is not None
+    dtype = dtype_name(source.model.dtype)
+    backend.check_early(Known(dtype=dtype, schemes=schemes, is_stored=is_stored, **own))
+    return source
+
+
+def _own_options(options: CompileOptions) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in BACKEND_OPTIONS}
+
+
 def build_settings(
     limits: ModelLimits, options: CompileOptions, progress: Progress, origin: str
 ) -> BuildSettings:
-    chosen = {name: getattr(options, name) for name in BACKEND_OPTIONS}
-    return BuildSettings(limits, options.optimization_level, progress, origin=origin, **chosen)
+    own = _own_options(options)
+    return BuildSettings(limits, options.optimization_level, progress, origin=origin, **own)
 
 
 def check_build(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from inlay.backends.base import ModelLimits
 from inlay.errors import OptionError
@@ -15,12 +16,15 @@ from inlay.lowering.calibration_texts import calibration_samples
 from inlay.lowering.export import MANY_TOKENS, Captured
 from inlay.lowering.loading import Source
 from inlay.passes.quantize.calibrate import Batch, calibrate
-from inlay.passes.quantize.config import NONE, QuantizationConfig
+from inlay.passes.quantize.config import NONE, QuantizationConfig, Scheme
 from inlay.passes.quantize.plan import Plan
 
 SAMPLES_FILE = "calibration.jsonl"
 """In the artifact: with it and the options' quantization, calibration can be done again on other
 weights, see passes/weights.py."""
+
+
+LINEARS = torch.nn.Linear, Conv1D
 
 
 def check_unquantized(quantization: Any, source: Source) -> None:
@@ -32,6 +36,24 @@ def check_unquantized(quantization: Any, source: Source) -> None:
             f"and keeps its own: quantization must be none, got {str(quantization)!r}; leave it "
             "out, or take an unquantized checkpoint"
         )
+
+
+def sure_schemes(config: Any, source: Source | None = None) -> tuple[Scheme, ...]:
+    """Schemes that layers will have for certain, as far as a config alone can tell, or with the
+    model of a source too."""
+    if source is not None and source.stored is not None:
+        return tuple(dict.fromkeys(source.stored.schemes.values()))
+    if config == NONE:
+        return ()
+    if source is None:
+        return () if config.ignore else (config.layers,)
+    head = source.model.get_output_embeddings()
+    linear = {n: m for n, m in source.model.named_modules() if isinstance(m, LINEARS)}
+    left = [module for name, module in linear.items() if not config.ignores([name])]
+    num_layers = source.model.config.get_text_config().num_hidden_layers
+    # A layer may have a router and a gate of shared experts, which are not quantized.
+    schemes = (config.layers,) if len(left) > 2 * num_layers + 1 else ()
+    return schemes if config.head is None or head not in left else (*schemes, config.head)
 
 
 def make_plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from inlay.errors import BuildError
+from inlay.errors import ArtifactError, BuildError
 
 NEEDED = ("onnx", "onnxscript")
 
@@ -15,7 +15,10 @@ def require(*names: str, extra: str, error: type[Exception] = BuildError) -> tup
     try:
         return tuple(importlib.import_module(name) for name in names)
     except ImportError as cause:
+        another = "choose backend='inductor'"
+        if error is ArtifactError:  # it is built already
+            another = "run its graphs uncompiled with backend='eager'"
         raise error(
-            f"backend={extra!r} needs the package {cause.name!r}, which is not installed; run "
-            f"`pip install 'inlay[{extra}]'`, or choose backend='inductor'"
+            f"the package {cause.name!r} is needed and not installed; run "
+            f"`pip install 'inlay[{extra}]'`, or {another}"
         ) from cause

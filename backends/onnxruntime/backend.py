@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule
 
 from inlay.backends.artifact import Artifact, WeightReader
-from inlay.backends.base import Backend, BuildSettings, ModelLimits
+from inlay.backends.base import Backend, BuildSettings, Known, ModelLimits
 from inlay.backends.gathered_attention import GatheredAttention
 from inlay.backends.graph_json import graph_from_json
 from inlay.backends.kernels.cpu_attention import OPS, CpuAttention, OpsBuild
@@ -46,9 +46,17 @@ class OnnxRuntimeBackend(Backend):
         self._models: dict[str, bytes] = {}
         self._num_converted = 0
 
+    def check_early(self, known: Known) -> None:
+        require("onnx", "onnxscript", extra=self.name)
+        if offered_providers(BuildError)[0] == CPU and known.dtype == "bfloat16":
+            raise OptionError(
+                "dtype 'bfloat16' is not possible with backend 'onnxruntime' on a CPU: its CPU "
+                "provider has no bfloat16 matrix product; give dtype='float32' or 'float16', or "
+                "choose backend='inductor'"
+            )
+
     def prepare(self) -> None:
-        """Whether the packages are there, before a model is read; and the C++ attention."""
-        require("onnx", "onnxscript", "onnxruntime", extra=self.name)
+        """The C++ attention."""
         self._ops.start()
 
     def check(
@@ -57,13 +65,6 @@ class OnnxRuntimeBackend(Backend):
         """Convert every segment: what cannot be said in ONNX is found before anything is built."""
         if settings.whole:
             check_whole(program)
-        provider = offered_providers(BuildError)[0]
-        if provider == CPU and program.dtype == "bfloat16":
-            raise OptionError(
-                "dtype 'bfloat16' is not possible with backend 'onnxruntime' on a CPU: its CPU "
-                "provider has no bfloat16 matrix product; give dtype='float32' or 'float16', or "
-                "choose backend='inductor'"
-            )
         self._models, self._num_converted = convert_segments(segments, self.name, settings.origin)
         (onnx,) = require("onnx", extra=self.name)
         for key, data in self._models.items():

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from inlay.backends.artifact import SELF, Artifact
-from inlay.backends.base import Backend, BuildSettings, Checkable, ModelLimits
+from inlay.backends.base import Backend, BuildSettings, Checkable, Known, ModelLimits
 from inlay.backends.cache import cache_dir
 from inlay.backends.graph_json import graph_from_json
 from inlay.backends.model import ProgramModel
@@ -26,6 +26,7 @@ from inlay.backends.tensorrt.library import find
 from inlay.backends.tensorrt.self_check import check_engines
 from inlay.backends.tensorrt.stand_in import stand_in
 from inlay.backends.tensorrt.steps import model_of_steps, segment_steps
+from inlay.backends.tensorrt.supported import WAYS_OUT, scheme_refusal
 from inlay.errors import UnsupportedModelError
 
 CACHE = "tensorrt"
@@ -38,6 +39,14 @@ class TensorRTBackend(Backend):
     def __init__(self) -> None:
         self._looked: dict[str, Look] = {}
 
+    def check_early(self, known: Known) -> None:
+        library = find(known.library)
+        check_target(library, known.target)
+        require("onnx", "onnxscript", extra=library.name.replace("_", "-"))
+        reasons = [scheme_refusal(scheme, known) for scheme in known.schemes]
+        if known.fallback != "inductor" and (found := "; ".join(filter(None, reasons))):
+            raise UnsupportedModelError(f"quantization is not possible so: {found}; {WAYS_OUT}")
+
     def prepare(self) -> None:
         """Nothing takes long enough."""
 
@@ -46,7 +55,6 @@ class TensorRTBackend(Backend):
     ) -> None:
         """Every segment is converted and parsed: what TensorRT refuses is said before a build."""
         library = find(settings.library)
-        check_target(library, settings.target)
         self._looked = {key: look(key, gm, library, settings) for key, gm in segments.items()}
         refused = self._refused()
         for key, reasons in refused.items():
@@ -55,8 +63,7 @@ class TensorRTBackend(Backend):
             reasons = [reason for found in refused.values() for reason in found]
             raise UnsupportedModelError(
                 f"TensorRT cannot take {len(reasons)} nodes of this model, in {len(refused)} of "
-                f"its {len(segments)} segments: {'; '.join(reasons)}. fallback='inductor' lets "
-                "Inductor run these segments; backend='inductor' runs all of them"
+                f"its {len(segments)} segments: {'; '.join(reasons)}; {WAYS_OUT}"
             )
 
     def _refused(self) -> dict[str, list[str]]:

@@ -22,6 +22,7 @@ from inlay.lowering.quantized_checkpoint.format import (
     refused,
 )
 from inlay.lowering.quantized_checkpoint.layer import Stored, signed, unpack
+from inlay.passes.quantize.config import Scheme
 
 FORMATS = (
     "int-quantized",
@@ -76,6 +77,7 @@ class CompressedTensors(Format):
             if group.get("output_activations"):
                 raise refused(f"compressed-tensors group {name!r} has output_activations")
             self._groups.append(group)
+            self.schemes += _dynamic(group)
 
     def read(self, module: str, tensors: Mapping[str, Tensor]) -> Stored:
         group = self._group_of(module)
@@ -190,6 +192,19 @@ def _kind(settings: Facts) -> str:
 def _kind_of(stored: Stored) -> str:
     what = stored.kind if stored.zeros is None else f"{stored.kind} zero-point"
     return what if stored.group_size == 0 else f"{what} groups of {stored.group_size}"
+
+
+def _dynamic(group: Facts) -> tuple[Scheme, ...]:
+    """See `Format.schemes`, and for which of them activations are rounded `_activations`."""
+    weights, inputs = group["weights"], group.get("input_activations") or {}
+    if not inputs.get("dynamic") or _kind(weights) != _kind(inputs):
+        return ()
+    if _kind(inputs) == "8-bit float":
+        return (Scheme("fp8", "fp8"),)
+    by = weights.get("strategy") or _strategy(weights)
+    plain = weights.get("symmetric", True) and not weights.get("actorder")
+    is_rounded = _kind(inputs) == "8-bit int" and plain and by in ("tensor", "channel")
+    return (Scheme("int8", "int8"),) if is_rounded else ()
 
 
 def _strategy(settings: Facts) -> str:

@@ -16,6 +16,7 @@ from inlay.lowering.quantized_checkpoint.format import (
     one_number,
 )
 from inlay.lowering.quantized_checkpoint.layer import Stored
+from inlay.passes.quantize.config import Scheme
 
 
 class FineGrainedFP8(Format):
@@ -37,6 +38,7 @@ class FineGrainedFP8(Format):
         check_choice("activation_scheme", scheme, ("dynamic", "static"))
         self._static = scheme == "static"
         block = facts.get("weight_block_size")
+        self.schemes = () if self._static else (Scheme("fp8", "fp8"),)
         self._block = None if block is None else (int(block[0]), int(block[1]))
         if facts.get("scale_fmt") == "ue8m0":
             self.notes.add(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from inlay.errors import ModelLoadError, UnsupportedModelError
 from inlay.lowering.quantized_checkpoint.layer import Stored
+from inlay.passes.quantize.config import Scheme
 
 Facts = Mapping[str, Any]
 
@@ -24,7 +25,8 @@ class Format:
 
     main: names behind the module's of the tensor that holds its numbers, one of which must be
     there. parts: of the other tensors that belong to it; required: those that must be there.
-    notes: what differs from what the checkpoint asks for, told once each.
+    notes: what differs from what the checkpoint asks for, told once each. schemes: those whose
+    activations have dynamic scales, as far as the config alone can tell.
     """
 
     name = ""
@@ -38,6 +40,7 @@ class Format:
         """facts: the quantization part of config.json. Raises UnsupportedModelError."""
         self.facts = facts
         self.notes: set[str] = set()
+        self.schemes: tuple[Scheme, ...] = ()
 
     def read(self, module: str, tensors: Mapping[str, Tensor]) -> Stored:
         """One module's weight; tensors by their names behind the module's.

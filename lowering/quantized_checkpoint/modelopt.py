@@ -18,6 +18,7 @@ from inlay.lowering.quantized_checkpoint.format import (
     one_number,
 )
 from inlay.lowering.quantized_checkpoint.layer import Stored
+from inlay.passes.quantize.config import Scheme
 
 BLOCKS = "FP8_PB_WO"
 ROWS = "FP8_PER_CHANNEL_PER_TOKEN"
@@ -38,6 +39,7 @@ class ModelOpt(Format):
         inner = inner if isinstance(inner, Mapping) else facts
         self._algorithm = str(inner.get("quant_algo")).upper()
         check_choice("modelopt quant_algo", self._algorithm, ("FP8", ROWS, BLOCKS))
+        self.schemes = (Scheme("fp8", "fp8"),) if self._algorithm == ROWS else ()
 
     def read(self, module: str, tensors: Mapping[str, Tensor]) -> Stored:
         weight, scale = tensors["weight"], tensors["weight_scale"]
