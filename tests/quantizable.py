@@ -14,6 +14,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen2": {"intermediate_size": 96, "tie_word_embeddings": True},
     "gemma2": {"intermediate_size": 96, "head_dim": 16},
     "qwen3_moe": {"moe_intermediate_size": 32, "head_dim": 16},
+    "mixtral": {"intermediate_size": 96, "head_dim": 16},
     "gpt_oss": {"intermediate_size": 32, "head_dim": 16},
 }
 

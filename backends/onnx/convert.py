@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from torch.fx import GraphModule, Interpreter
 
 from inlay.backends.graph_json import graph_from_json, graph_to_json
 from inlay.backends.onnx.packages import require
-from inlay.backends.onnx.quantized import UNPACK
+from inlay.backends.onnx.quantized_product import UNPACK
 from inlay.backends.segment_arguments import example_arguments
 from inlay.errors import UnsupportedModelError
 from inlay.passes.graph import last_source_line
@@ -254,11 +254,18 @@ def _externalise(model: onnx.ModelProto, gm: GraphModule) -> None:
         tensor.external_data.add(key="location", value="weights")
 
 
-def fill_weights(model: onnx.ModelProto, weight: Callable[[str], torch.Tensor]) -> None:
-    """Write the weights into a model; weight gives one by its name in the segment."""
+def fill_weights(
+    model: onnx.ModelProto,
+    weight: Callable[[str], torch.Tensor],
+    only: Collection[str] | None = None,
+) -> None:
+    """Write the weights into a model, all or only some; weight gives one by its name in the
+    segment."""
     import onnx
 
     for tensor in model.graph.initializer:
+        if only is not None and tensor.name not in only:
+            continue
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             data = weight(tensor.name).contiguous().flatten().view(torch.uint8)
             if tensor.data_type == onnx.TensorProto.INT4:

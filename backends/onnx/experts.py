@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from inlay.backends.onnx.quantized_product import prepared, quantized_product
-from inlay.errors import UnsupportedModelError
+from inlay.backends.onnx.quantized_product import dequantized, prepared, quantized_product
 
 if TYPE_CHECKING:
     import onnx
@@ -49,7 +48,7 @@ def experts_function(name: str, target: str, mixture: Mixture) -> onnx.FunctionP
     inputs = ", ".join(["x", "index", "weights", *mixture.matrices, *mixture.beside])
     body = (_loop if target == "onnxruntime" else _dense)(mixture)
     text = f"""
-<domain: "inlay", opset_import: ["" : 23]>
+<domain: "inlay", opset_import: ["" : 23, "inlay" : 1]>
 {name} ({inputs}) => (y)
 {{
 {body}
@@ -115,12 +114,8 @@ def _loop(mixture: Mixture) -> str:
 
 def _dense(mixture: Mixture) -> str:
     """[experts, tokens, ...] throughout; `share` is what a token gives to each expert."""
-    if mixture.narrow:
-        raise UnsupportedModelError(
-            "TensorRT has no quantized experts; leave them as they are: --quantization "
-            "'...,ignore=*experts*'"
-        )
     dtype = mixture.dtype
+    matrices = "\n    ".join(dequantized(mixture))
     expert = "\n    ".join(_expert(mixture, "Unsqueeze ({}, one)", "Identity ({})"))
     numbers = ", ".join(str(number) for number in range(mixture.num_experts))
     return f"""
@@ -138,6 +133,7 @@ def _dense(mixture: Mixture) -> str:
     by_expert = Transpose <perm = [1, 0]> (by_token)
     share = Unsqueeze (by_expert, last)
     rows = Unsqueeze (x, zero)
+    {matrices}
     {expert}
     weighted = Mul (out, share)
     summed = ReduceSum <keepdims = 0> (weighted, zero)
@@ -152,7 +148,7 @@ def _expert(mixture: Mixture, take: str, take_matrix: str = "") -> list[str]:
     wide = f"Cast <to = {FLOAT}>"
 
     def product(rows: str, name: str) -> list[str]:
-        if mixture.narrow:
+        if mixture.narrow and not take_matrix:
             return quantized_product(mixture, rows, name, take)
         return _product(mixture, rows, name, take_matrix or take, 3 if take_matrix else 2)
 
@@ -195,9 +191,11 @@ def _expert(mixture: Mixture, take: str, take_matrix: str = "") -> list[str]:
 
 def _product(mixture: Mixture, rows: str, name: str, take: str, rank: int) -> list[str]:
     perm = ", ".join(map(str, [*range(rank - 2), rank - 1, rank - 2]))
-    turned = "Identity" if mixture.options["transposed"] else f"Transpose <perm = [{perm}]>"
+    is_turned = mixture.options.get("transposed", False)  # those that are quantized never are
+    turned = "Identity" if is_turned else f"Transpose <perm = [{perm}]>"
+    source = f"{name}_dequantized" if mixture.narrow else name
     return [
-        f"{name}_stored = {take.format(name)}",
+        f"{name}_stored = {take.format(source)}",
         f"{name}_matrix = {turned} ({name}_stored)",
         f"{name}_product = MatMul ({rows}, {name}_matrix)",
     ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from inlay.backends.onnx.quantized_product import UNPACK
 from inlay.errors import UnsupportedModelError
 
 FLOAT, INT8, INT32, FLOAT8 = 1, 3, 6, 17
@@ -18,8 +19,6 @@ FLOAT, INT8, INT32, FLOAT8 = 1, 3, 6, 17
 UINT8 = 2
 BLOCKS = (128, 64, 32, 16)
 """Inputs that share a scale in MatMulNBits."""
-UNPACK = ("inlay", "UnpackInt4")
-"""Makes of two numbers in a byte an INT4 tensor; `convert.py` makes it the weight itself."""
 CALIBRATE = "--quantization '{},activation_scales=static,calibration=FILE'"
 
 
@@ -32,8 +31,8 @@ class Quantized:
         self._onnx, self._call_op = opset, call_op
 
     def quantize_static(self, x: Any, scale: Any, zero: Any, dtype: str) -> Any:
-        """Only for TensorRT. QuantizeLinear rounds to even and saturates as the reference does,
-        but that int8 may reach -128 where the reference stops at -127."""
+        """Only for TensorRT. QuantizeLinear rounds to even and saturates as the reference does;
+        but int8 would reach -128, where the reference stops at -127."""
         op = self._onnx
         if zero is not None:
             raise UnsupportedModelError(
@@ -41,8 +40,11 @@ class Quantized:
                 "activation_symmetric=true"
             )
         number = FLOAT8 if dtype == "fp8" else INT8
+        wide, scale = op.Cast(x, to=FLOAT), self._scalar(scale)
+        if number == INT8:
+            wide = op.Max(wide, op.Mul(scale, op.Constant(value_float=-127.0)))
         zero = op.Cast(op.Constant(value_float=0.0), to=number)
-        return op.QuantizeLinear(op.Cast(x, to=FLOAT), self._scalar(scale), zero)
+        return op.QuantizeLinear(wide, scale, zero)
 
     def int8_linear(
         self,

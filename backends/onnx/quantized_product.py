@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from inlay.errors import UnsupportedModelError
 from inlay.passes.quantized_ops import FP8_MAX, INT8_MAX, SMALLEST
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 FLOAT, UINT8, FLOAT16, FLOAT8 = 1, 2, 10, 17
 """ONNX's numbers of element types."""
+UNPACK = ("inlay", "UnpackInt4")
+"""Makes of two numbers in a byte an INT4 tensor; `convert.py` makes it the weight itself."""
 
 
 def prepared(mixture: Mixture) -> list[str]:
@@ -39,6 +42,37 @@ def prepared(mixture: Mixture) -> list[str]:
             ]
         else:
             lines.append(f"{name}_ready = Identity ({name})")
+    return lines
+
+
+def dequantized(mixture: Mixture) -> list[str]:
+    """Lines that make `{name}_dequantized` [experts, N, K] of the activations' dtype: all experts
+    at once, weights in blocks of a row's inputs."""
+    if not mixture.narrow:
+        return []
+    if mixture.options["activations"] != "none":
+        raise UnsupportedModelError(
+            "TensorRT has no experts whose rows are quantized at run time; leave them as they are: "
+            "quantization='...,ignore=*experts*', or take w8a16 or w4a16"
+        )
+    lines = []
+    for name in ("up", "down"):
+        if f"{name}_zero" in mixture.matrices:
+            raise UnsupportedModelError(
+                "TensorRT takes weights without zero points alone; give symmetric=true"
+            )
+        _, _, columns = mixture.matrices[name]
+        numbers = name
+        if mixture.narrow == UINT8:
+            columns, numbers = 2 * columns, f"{name}_int4"
+            lines.append(f"{numbers} = {'.'.join(UNPACK)} ({name})")
+        size = columns // mixture.matrices[f"{name}_scale"][1]
+        lines += [
+            f"{name}_narrow_scale = Cast <to = {mixture.dtype}> ({name}_scale)",
+            f"{name}_blocks = Transpose <perm = [0, 2, 1]> ({name}_narrow_scale)",
+            f"{name}_dequantized = DequantizeLinear <axis = 2, block_size = {size}> "
+            f"({numbers}, {name}_blocks)",
+        ]
     return lines
 
 

@@ -104,10 +104,13 @@ def _weight_only(arguments: dict[str, Any]) -> str:
 
 
 def _experts(arguments: dict[str, Any]) -> str:
-    return (
-        "TensorRT has no quantized experts here; leave them out: quantization="
-        "'w8a16,ignore=*experts*', or another format with that setting"
-    )
+    if arguments["activations"] != NONE:
+        return (
+            "experts round each row by a scale of its own, and TensorRT has no activation scales "
+            "that are found at run time; leave experts out (ignore=*experts*), or build with "
+            "quantization='w8a16' or 'w4a16'"
+        )
+    return "" if arguments["up_zero"] is None else NO_WEIGHT_ZEROS
 
 
 _RULES: tuple[tuple[tuple[Any, ...], Callable[[dict[str, Any]], str]], ...] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch.fx import Graph, GraphModule
@@ -104,7 +105,29 @@ def test_quantized_experts(scheme: Scheme) -> None:
     assert error(*layer({"biased": True, "interleaved": True}, scheme), "onnxruntime") <= tolerance
 
 
-def test_tensorrt_has_no_quantized_experts() -> None:
-    gm, _ = layer({}, QUANTIZED[0])
-    with pytest.raises(UnsupportedModelError, match=r"node quantized_experts.*ignore=\*experts\*"):
+@pytest.mark.parametrize("options", [{}, {"biased": True, "interleaved": True}])
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme("int8"), Scheme("int8", group_size=16), Scheme("int4", group_size=16), Scheme("int4")],
+)
+def test_quantized_experts_for_tensorrt(options: dict[str, Any], scheme: Scheme) -> None:
+    """Q/DQ of all experts' weights at once, which keeps them narrow."""
+    gm, values = layer(options, scheme)
+    assert error(gm, values, "tensorrt") <= 1e-6
+    model = segment_to_onnx(gm, "tensorrt")
+    stored = {t.name: onnx.TensorProto.DataType.Name(t.data_type) for t in model.graph.initializer}
+    assert stored["up"] == stored["down"] == scheme.weight.upper()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "told"),
+    [
+        (Scheme("int8", "int8"), r"ignore=\*experts\*"),
+        (Scheme("fp8", "fp8"), r"ignore=\*experts\*"),
+        (Scheme("int4", group_size=16, symmetric=False), "without zero points"),
+    ],
+)
+def test_experts_that_tensorrt_cannot_take(scheme: Scheme, told: str) -> None:
+    gm, _ = layer({}, scheme)
+    with pytest.raises(UnsupportedModelError, match=rf"node quantized_experts.*{told}"):
         segment_to_onnx(gm, "tensorrt")

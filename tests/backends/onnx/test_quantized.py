@@ -84,8 +84,8 @@ def asymmetric(layer: Layer) -> Node:
 
 def static(layer: Layer, dtype: str = "int8", zero: torch.Tensor | None = None) -> Node:
     values, scales, _ = quantized(layer, weight=dtype)
-    # All but the largest numbers fit: beyond them TensorRT's int8 has -128, ours does not.
-    scale = layer.weight(torch.tensor([5 / 127 if dtype == "int8" else 5 / 448]))
+    # Many numbers do not fit: ONNX's int8 would have -128 for some, ours has -127.
+    scale = layer.weight(torch.tensor([1 / 127 if dtype == "int8" else 1 / 448]))
     zeros = layer.weight(zero)
     call = layer.graph.call_function
     q = call(ops.quantize_static.default, (layer.input(), scale, zeros, dtype))
