@@ -1,8 +1,9 @@
-"""Before engines are first used on a device, each is compared with the eager reference there."""
+"""Each step's engine, or its ONNX, compared with the eager reference on the same inputs."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +16,11 @@ from inlay.backends.artifact import Artifact, WeightReader
 from inlay.backends.base import ModelLimits
 from inlay.backends.eager.backend import ReferenceAttention, interpret
 from inlay.backends.graph_json import graph_from_json
-from inlay.backends.program import SegmentStep
+from inlay.backends.kv_caches import LayerCache
+from inlay.backends.model import SegmentCall
+from inlay.backends.program import AttentionStep, SegmentStep
 from inlay.backends.step import StepRequest, build_step
+from inlay.backends.tensorrt.wide import wide, widen_graph
 from inlay.errors import ArtifactError
 from inlay.passes.check import relative_rms
 
@@ -47,66 +51,110 @@ def check_engines(
     """
     if verdict.is_file():
         return
-    errors: dict[int, float] = {}
-    for size in SIZES:
-        for index, error in _errors(artifact, calls, device, size).items():
-            errors[index] = max(errors.get(index, 0.0), error)
-    allowed = tolerance(getattr(torch, artifact.program.dtype))
-    wrong = {index: error for index, error in errors.items() if not error <= allowed}
-    if wrong:
-        index, error = next(iter(wrong.items()))
-        step = artifact.program.steps[index]
-        assert isinstance(step, SegmentStep)
+    errors = step_errors(artifact, calls.get, device)
+    if told := disagreement(artifact, errors, tolerance(getattr(torch, artifact.program.dtype))):
         raise ArtifactError(
-            f"{len(wrong)} of {len(errors)} engines of {artifact.path} do not compute what the "
-            f"reference computes on this device; the first is that of step {index}, segment "
-            f"{step.segment}: off by {error:.1e} of the RMS, allowed is {allowed:.1e}. Rebuild it "
+            f"engines of {artifact.path} are wrong on this device: {told}. Rebuild it "
             f"({artifact.manifest['rebuild']}), or run its graphs with backend='eager'"
         )
     _write(verdict, {"errors": {str(index): error for index, error in errors.items()}})
 
 
+def disagreement(artifact: Artifact, errors: Mapping[int, float], allowed: float) -> str:
+    """Which steps are off by more than is allowed, in words; "" where none is."""
+    wrong = {index: error for index, error in errors.items() if error > allowed}
+    if not wrong:
+        return ""
+    index, error = next(iter(wrong.items()))
+    step = artifact.program.steps[index]
+    assert isinstance(step, SegmentStep)
+    return (
+        f"{len(wrong)} of {len(errors)} steps do not compute what the reference computes; the "
+        f"first is step {index}, segment {step.segment}: off by {error:.1e} of the RMS, allowed is "
+        f"{allowed:.1e}"
+    )
+
+
 @torch.inference_mode()
-def _errors(
-    artifact: Artifact, calls: Mapping[int, Call], device: torch.device, size: int
+def step_errors(
+    artifact: Artifact,
+    call_of: Callable[[int], Call | None],
+    device: torch.device,
+    in_float32: bool = False,
 ) -> dict[int, float]:
-    """By step the error of its engine's worst output, on a request of so many tokens. Later steps
-    go on with the reference's values; weights are on the device one step at a time."""
-    program, reader = artifact.program, WeightReader(artifact)
-    limits = ModelLimits(**artifact.manifest["limits"])
-    generator = torch.Generator().manual_seed(size)
-    size = min(size, limits.max_seq_len, limits.max_num_tokens)
-    ids = torch.randint(0, limits.vocab_size, (size,), generator=generator).tolist()
-    table = [range(-(-size // limits.block_size))] * _num_groups(artifact)
-    step = build_step([StepRequest(ids, 0, table)], limits.block_size).to(device)
-    values: dict[str, Any] = {
-        "input_ids": step.input_ids[None],
-        "position_ids": step.position_ids[None],
-        "logits_indices": step.logits_indices,
-    }
-    attention, caches = ReferenceAttention(), {}
+    """By step the error of its worst output, on requests of SIZES tokens. Later steps go on with
+    the reference's values; weights are on the device one step at a time.
+
+    call_of: by index what is to be compared, let go of before the next is asked for; None where
+    nothing is. in_float32: narrow floats are read as float32, see wide.py.
+    """
+    reader = WeightReader(artifact)
+    runs = [_Run(artifact, size, device) for size in SIZES]
     errors: dict[int, float] = {}
-    for index, one in enumerate(program.steps):
-        if isinstance(one, SegmentStep):
-            graph = graph_from_json(artifact.json(f"segments/{one.segment}/graph.json"))
-            weights = [reader.get(name).to(device) for name in one.weights]
-            inputs = [values[name].contiguous() for name in one.inputs]
-            right = interpret(graph)([*weights, *inputs])
-            values.update(zip(one.outputs, right, strict=True))
-            if index in calls:
-                got = calls[index](inputs)
-                errors[index] = max(_error(*pair) for pair in zip(right, got, strict=True))
+
+    def weight(name: str) -> torch.Tensor:
+        stored = reader.get(name)
+        return (wide(stored) if in_float32 else stored).to(device)
+
+    for index, step in enumerate(artifact.program.steps):
+        if isinstance(step, SegmentStep):
+            graph = graph_from_json(artifact.json(f"segments/{step.segment}/graph.json"))
+            if in_float32:
+                widen_graph(graph)
+            weights, call = [weight(name) for name in step.weights], call_of(index)
+            found = [run.segment(step, interpret(graph), weights, call) for run in runs]
+            if call is not None:
+                errors[index] = max(found)
             continue
-        if one.cache not in caches:
-            cache = attention.allocate(one, len(table[0]), limits.block_size, values[one.key].dtype)
-            caches[one.cache] = type(cache)(*(t if t is None else t.to(device) for t in cache))
-        own = {name: reader.get(name).to(device) for name in one.weights}
-        values[one.output] = attention(
-            one, values[one.query], values[one.key], values[one.value], caches[one.cache],
+        own = {name: weight(name) for name in step.weights}
+        for run in runs:
+            run.attend(step, own)
+    return errors
+
+
+class _Run:
+    """The values of one request's prefill, as far as it has come."""
+
+    def __init__(self, artifact: Artifact, size: int, device: torch.device) -> None:
+        limits = ModelLimits(**artifact.manifest["limits"])
+        generator = torch.Generator().manual_seed(size)
+        size = min(size, limits.max_seq_len, limits.max_num_tokens)
+        ids = torch.randint(0, limits.vocab_size, (size,), generator=generator).tolist()
+        self._table = range(-(-size // limits.block_size))
+        tables = [self._table] * _num_groups(artifact)
+        step = build_step([StepRequest(ids, 0, tables)], limits.block_size).to(device)
+        self._step, self._block_size, self._device = step, limits.block_size, device
+        self._attention = ReferenceAttention()
+        self._caches: dict[int, LayerCache] = {}
+        self._values: dict[str, Any] = {
+            "input_ids": step.input_ids[None],
+            "position_ids": step.position_ids[None],
+            "logits_indices": step.logits_indices,
+        }
+
+    def segment(
+        self, step: SegmentStep, reference: SegmentCall, weights: list[torch.Tensor], call: Any
+    ) -> float:
+        """The error of call, 0 of None."""
+        inputs = [self._values[name].contiguous() for name in step.inputs]
+        right = reference([*weights, *inputs])
+        self._values.update(zip(step.outputs, right, strict=True))
+        if call is None:
+            return 0.0
+        return max(_error(*pair) for pair in zip(right, call(inputs), strict=True))
+
+    def attend(self, one: AttentionStep, own: Mapping[str, torch.Tensor]) -> None:
+        values, step = self._values, self._step
+        if one.cache not in self._caches:
+            dtype = values[one.key].dtype
+            cache = self._attention.allocate(one, len(self._table), self._block_size, dtype)
+            on_device = (t if t is None else t.to(self._device) for t in cache)
+            self._caches[one.cache] = type(cache)(*on_device)
+        values[one.output] = self._attention(
+            one, values[one.query], values[one.key], values[one.value], self._caches[one.cache],
             step.slot_mapping[one.group], step.block_tables[one.group], step.seq_lens,
             step.query_start_loc, own.get(one.sinks or ""), own.get(one.slopes or ""),
         )  # fmt: skip
-    return errors
 
 
 def _num_groups(artifact: Artifact) -> int:
@@ -115,8 +163,9 @@ def _num_groups(artifact: Artifact) -> int:
 
 def _error(right: torch.Tensor, got: torch.Tensor) -> float:
     if not right.is_floating_point():
-        return 0.0 if torch.equal(right, got) else float("inf")
-    return relative_rms(right.float(), got.float())
+        return 0.0 if torch.equal(right, got) else math.inf
+    error = relative_rms(right.float(), got.float())
+    return math.inf if math.isnan(error) else error
 
 
 def _write(file: Path, data: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from inlay.backends.tensorrt.backend import TensorRTBackend
 from inlay.engine import Engine, build
 from inlay.errors import ArtifactError, UnsupportedModelError
 from inlay.lowering.options import CompileOptions
+from tests.quantizable import build_quantizable
 from tests.toys import build_toy
 
 pytest.importorskip("tensorrt_rtx", reason="needs inlay[tensorrt-rtx]")
@@ -61,8 +62,9 @@ def test_the_manifest_says_what_was_built(llama: Engine) -> None:
     assert target["target"] == "auto"
     assert target["version"].count(".") == 3
     assert target["on_inductor"] == {}
-    ran = "the engines' ONNX, run by ONNX Runtime; the engines themselves have not run"
-    assert llama.manifest["checked"].startswith(ran)
+    checked = llama.manifest["checked"]
+    assert "ONNX, run in float32 by ONNX Runtime, agrees with them in each of 4 steps" in checked
+    assert checked.endswith("the engines themselves have not run: there was no GPU")
     assert "engine" not in llama.manifest["errors"]
     assert llama.manifest["errors"]["stand_in"] > 0
 
@@ -139,7 +141,7 @@ def test_quantized_weights_stay_so(tmp_path: Path, format_: str) -> None:
     assert len(narrow) >= products - 4  # two may be one kernel
     if format_ in ("w8a8", "fp8"):
         assert all(expected in one["inputs"] for one in narrow)
-    assert "run by ONNX Runtime" in engine.manifest["checked"]
+    assert "by ONNX Runtime, agrees" in engine.manifest["checked"]
     assert engine.manifest["target"]["target"] == target
 
 
@@ -165,6 +167,20 @@ def test_architectures_quantized(tmp_path: Path, name: str, format_: str) -> Non
     quantization, target, expected = FORMATS[format_]
     engine = build_engine(tmp_path, name, "bfloat16", quantization=quantization, target=target)
     assert any(expected in one["constants"] for one in layers_of(engine))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("format_", ["w8a16", "w4a16"])
+def test_experts_quantized(tmp_path: Path, name: str, format_: str) -> None:
+    """All of an expert's matrices narrow in the engines."""
+    model = build_quantizable(name, torch.bfloat16)
+    given = CompileOptions(backend="tensorrt", quantization=f"{format_},lm_head=none", **LIMITS)
+    engine = build(model, tmp_path / "engine", given)
+    assert "agrees with them in each of" in engine.manifest["checked"]
+    experts = [one for one in layers_of(engine) if any("experts" in node for node in one["nodes"])]
+    narrow = [one for one in experts if FORMATS[format_][2] in one["constants"]]
+    assert len(narrow) >= 2 * 2 * 2  # up and down, of two layers, in two profiles
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def test_good_engines_pass_and_are_not_checked_again(artifact: Artifact, tmp_pat
 def test_a_wrong_engine_is_refused_by_name(artifact: Artifact, tmp_path: Path, which: int) -> None:
     steps = sorted(calls_of(artifact, tmp_path))
     calls, verdict = calls_of(artifact, tmp_path, steps[which]), tmp_path / "verdict.json"
-    with pytest.raises(ArtifactError, match=f"1 of {len(steps)} engines .* step {steps[which]},"):
+    with pytest.raises(ArtifactError, match=f"1 of {len(steps)} steps .* is step {steps[which]},"):
         check_engines(artifact, calls, CPU, verdict)
     assert not verdict.exists()
 
