@@ -8,11 +8,6 @@ and mixtures of experts become our C++ ops on prepacked weights, which come in a
 from __future__ import annotations
 
 import json
-import os
-import queue
-import signal
-import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from inlay.backends.graph_json import graph_from_json
 from inlay.backends.kernels.cpu_ops import load_ops
 from inlay.backends.segment_arguments import example_arguments
+from inlay.backends.worker_pool import serve
 from inlay.errors import BuildError
 from inlay.passes.graph import bind, is_call
 from inlay.passes.ops import REFERENCES
@@ -202,30 +198,13 @@ def inductor_config(optimization_level: int) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in known}
 
 
-def main() -> None:
-    """A job a line on standard input; a line back for each, {} or {"error": ...}."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what compilers print is not a reply
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(lines,), daemon=True).start()
-    while True:
-        job = json.loads(lines.get())
-        reply = {}
-        try:
-            load_ops(Path(job["ops"]))
-            graph = json.loads(Path(job["graph"]).read_text())
-            compile_segment(graph, Path(job["package"]), job["optimization_level"])
-        except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(reply), file=replies, flush=True)
-
-
-def _read(lines: queue.SimpleQueue[str]) -> None:
-    """Input ends when the builder was killed: end at once, with the compilers that are running."""
-    for line in sys.stdin:
-        lines.put(line)
-    os.killpg(0, signal.SIGKILL)
+def compile_job(job: dict[str, Any]) -> dict[str, Any]:
+    """A request of workers.py."""
+    load_ops(Path(job["ops"]))
+    graph = json.loads(Path(job["graph"]).read_text())
+    compile_segment(graph, Path(job["package"]), job["optimization_level"])
+    return {}
 
 
 if __name__ == "__main__":
-    main()
+    serve(compile_job)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import queue
 import resource
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 from inlay.backends.tensorrt.library import Library, find
 from inlay.backends.tensorrt.network import Weights, build_plan
+from inlay.backends.worker_pool import serve
 
 
 def compile_job(library: Library, job: dict[str, Any]) -> dict[str, Any]:
@@ -50,27 +47,8 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    """A job a line on standard input; a line back for each: facts, or {"error": ...}."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what the library prints is no reply
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(lines,), daemon=True).start()
     library = find(sys.argv[1])
-    while True:
-        job = json.loads(lines.get())
-        try:
-            reply = compile_job(library, job)
-        except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        reply["peak_bytes"] = peak_bytes()
-        print(json.dumps(reply), file=replies, flush=True)
-
-
-def _read(lines: queue.SimpleQueue[str]) -> None:
-    """Input ends when the builder is done, or was killed: end at once."""
-    for line in sys.stdin:
-        lines.put(line)
-    os._exit(0)
+    serve(lambda job: {**compile_job(library, job), "peak_bytes": peak_bytes()})
 
 
 if __name__ == "__main__":

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import queue
-import subprocess
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from inlay.backends.python_process import module_command
+from inlay.backends.host_memory import available_memory
+from inlay.backends.worker_pool import Worker, run_jobs
 from inlay.errors import BuildError
 
+COMPILE = "inlay.backends.tensorrt.compile"
 PROCESS_BYTES = 200 << 20
 """A worker before its first job: Python, numpy and the library."""
 COPIES = 3.5
 """Bytes of a worker for each of its engine's weights: the mapped file, the builder's two copies
 and the plan. 3.3 was measured for a matrix of 272 MB in bfloat16."""
-LAST_WORDS = 2.0
-"""Seconds that a dying process has to end and be heard."""
 SMALL = 64 << 20
 """What an engine takes at least, of whatever weights."""
 
@@ -52,10 +47,6 @@ class Job:
         return PROCESS_BYTES + max(SMALL, int(COPIES * self.weight_bytes))
 
 
-def available_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def num_workers(jobs: Sequence[Job], memory: int) -> int:
     """As many as there are cores and jobs, and as the largest jobs fit into the memory at once."""
     sizes = sorted((job.memory for job in jobs), reverse=True)
@@ -80,97 +71,26 @@ def build_engines(
         f"{len(jobs)} engines in {count} processes: about {estimate >> 20} MiB of memory at most, "
         f"{free >> 20} MiB are free{beyond}"
     )
-    todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    for job in sorted(jobs, key=lambda job: -job.weight_bytes):  # the longest first
-        todo.put(job)
     facts: dict[str, dict[str, Any]] = {}
-    workers: list[_Worker] = []
-    threads = ThreadPoolExecutor(count)
-    try:
-        for _ in range(count):
-            workers.append(_Worker(library))
-        drains = [threads.submit(_drain, one, todo, facts, len(jobs), progress) for one in workers]
-        for drain in wait(drains, return_when=FIRST_EXCEPTION).done:
-            drain.result()
-    finally:
-        for worker in workers:
-            worker.kill()  # which wakes the threads that wait for a reply
-        threads.shutdown()
-    peaks = [worker.peak_bytes for worker in workers]
-    # Each worker's own peak: they need not have come at one time, so it is an upper bound.
-    return facts, {"processes": count, "estimated_bytes": estimate, "peak_bytes": sum(peaks)}
+    peaks: dict[Worker, int] = {}
 
-
-def _drain(
-    worker: _Worker,
-    todo: queue.SimpleQueue[Job],
-    facts: dict[str, dict[str, Any]],
-    total: int,
-    progress: Callable[[str], None],
-) -> None:
-    """Give a worker jobs until there are none left."""
-    while True:
-        try:
-            job = todo.get_nowait()
-        except queue.Empty:
-            return
-        reply = worker.compile(job)
+    def build_one(worker: Worker, job: Job) -> None:
+        hint = f": the estimate was {job.memory >> 20} MiB"
+        reply = worker.ask(asdict(job), f"built engine {job.name}", hint)
+        if error := reply.get("error"):
+            raise BuildError(f"engine {job.name} cannot be built: {error[-2000:]}")
+        peaks[worker] = reply.pop("peak_bytes")
         facts[job.name] = reply
         progress(
             f"engine {job.name} built in {reply['seconds']:.1f} s, {reply['plan_bytes'] / 1e6:.1f} "
-            f"MB ({len(facts)} of {total})"
+            f"MB ({len(facts)} of {len(jobs)})"
         )
 
-
-class _Worker:
-    def __init__(self, library: str) -> None:
-        self.peak_bytes = 0
-        self._process = subprocess.Popen(
-            module_command("inlay.backends.tensorrt.compile", library),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._said: list[str] = []
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
-
-    def _listen(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self._said = [*self._said[-4:], line.strip()]
-
-    def compile(self, job: Job) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(asdict(job)) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(LAST_WORDS)  # so that the status is its own
-            self.kill()
-            self._listener.join(LAST_WORDS)
-            raise BuildError(
-                f"the process that built engine {job.name} died (status "
-                f"{self._process.returncode}; -9 often means out of memory: the estimate was "
-                f"{job.memory >> 20} MiB); its last lines: {' | '.join(self._said)}"
-            )
-        reply = json.loads(line)
-        self.peak_bytes = reply["peak_bytes"]
-        if error := reply.get("error"):
-            raise BuildError(f"engine {job.name} cannot be built: {error[-2000:]}")
-        return reply
-
-    def kill(self) -> None:
-        """End the process and wait for it; again does nothing."""
-        if self._process.returncode is None:
-            self._process.kill()
-            self._process.wait()
+    longest_first = sorted(jobs, key=lambda job: -job.weight_bytes)
+    run_jobs(longest_first, count, lambda index: Worker(COMPILE, library), build_one)
+    # Each worker's own peak: they need not have come at one time, so it is an upper bound.
+    peak = sum(peaks.values())
+    return facts, {"processes": count, "estimated_bytes": estimate, "peak_bytes": peak}
 
 
 def place_of(file: Path, tensor: str) -> tuple[str, int, int]:

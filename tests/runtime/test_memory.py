@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -92,25 +91,3 @@ def test_the_size_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_free_memory_is_a_sensible_number() -> None:
     assert 2**20 < memory.free_memory(CPU) < 2**50
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_control_groups_limit_the_memory(version: int, tmp_path: Path) -> None:
-    folder = tmp_path / "memory" if version == 1 else tmp_path
-    folder.mkdir(exist_ok=True)
-    names = {
-        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        2: ("memory.max", "memory.current", "inactive_file"),
-    }
-    limit, usage, cached = names[version]
-    (folder / limit).write_text("1000\n")
-    (folder / usage).write_text("700\n")
-    (folder / "memory.stat").write_text(f"anon 600\n{cached} 100\n")
-    assert memory._free_in_control_group(tmp_path) == 400
-    if version == 2:
-        (folder / limit).write_text("max\n")
-        assert memory._free_in_control_group(tmp_path) > 2**50
-
-
-def test_no_control_group_is_no_limit(tmp_path: Path) -> None:
-    assert memory._free_in_control_group(tmp_path) > 2**50

@@ -54,7 +54,7 @@ const std::vector<Isa>& isas() {
     found.push_back({"portable", &portable::kernels, &portable::experts_kernels,
                      &portable::quantized_kernels, nullptr, nullptr, &portable::sampler_kernels,
                      true});
-  return found;
+    return found;
   }();
   return all;
 }

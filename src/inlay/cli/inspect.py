@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SKIP = (
-    "backend", "optimization_level", "verify", "quantization", "library", "target", "fallback",
-)  # fmt: skip
-"""Options of a build that mean nothing here: nothing is compiled, and every pass is checked."""
+SKIP = ("backend", "optimization_level", "verify", "quantization")
+"""Options of a build that mean nothing here: nothing is compiled, and every pass is checked. Those
+that only one backend has mean nothing either."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from inlay.backends.base import BACKEND_OPTIONS
     from inlay.cli.options import add_dataclass_arguments
     from inlay.lowering.options import CompileOptions
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--bandwidth", type=float, metavar="GB/s", help="memory bandwidth")
     machine.add_argument("--flops", type=float, metavar="GFLOP/s", help="matrix product rate")
     lowering = parser.add_argument_group("lowering, where a model is given")
-    add_dataclass_arguments(lowering, CompileOptions, skip=SKIP)
+    add_dataclass_arguments(lowering, CompileOptions, skip=(*SKIP, *BACKEND_OPTIONS))
     for name in vars(CompileOptions)["__dataclass_fields__"]:
         parser.set_defaults(**{name: None})  # an artifact has its own; only what is given counts
 

@@ -14,7 +14,7 @@ import transformers
 from torch.fx import GraphModule
 
 import inlay
-from inlay.backends.base import ModelLimits
+from inlay.backends.base import BACKEND_OPTIONS, ModelLimits
 from inlay.backends.graph_json import graph_from_json, graph_to_json
 from inlay.backends.program import AttentionStep, Program
 from inlay.engine import Engine
@@ -73,7 +73,7 @@ def of_model(name: str, options: CompileOptions, progress: Progress) -> Report:
     return _lower(report, captured, hf, progress)
 
 
-UNUSED = ("backend", "optimization_level", "verify", "quantization")
+UNUSED = ("backend", "optimization_level", "verify", "quantization", *BACKEND_OPTIONS)
 """Options that have no part in a lowering that neither compiles nor rounds and checks each pass."""
 
 
