@@ -21,10 +21,12 @@ NOT_COMPUTED = re.compile(
     r"""(^|\.)(
     _name_or_path | name_or_path | architectures | auto_map | transformers_version | \w*version
     | dtype | torch_dtype | quantization_config | use_cache | return_dict | torchscript
-    | output_\w+ | \w*attn_implementation\w* | experts_implementation | _experts\w*
+    | output_(attentions|hidden_states|router_logits|scores)
+    | \w*attn_implementation\w* | experts_implementation | _experts\w*
     | id2label | label2id | num_labels | problem_type | finetuning_task | task_specific_params
     | tokenizer_class | prefix | (bos|eos|pad|sep|cls|mask|decoder_start)_token_id
-    | \w*(dropout|pdrop|_drop)\w* | initializer_\w+ | \w*aux_loss\w* | gradient_checkpointing
+    | \w*dropout\w* | \w+_pdrop | \w*layer_?drop | drop_path_rate
+    | initializer_\w+ | \w*aux_loss\w* | gradient_checkpointing
     | vision_config | audio_config
     )($|\.)""",
     re.VERBOSE,
