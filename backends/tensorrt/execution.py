@@ -8,20 +8,16 @@ graph these are addresses that stay.
 
 from __future__ import annotations
 
-import logging
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from inlay.backends.tensorrt import kept
 from inlay.backends.tensorrt.library import Library
 from inlay.backends.tensorrt.network import Log, make_logger
 from inlay.errors import ArtifactError
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {
     "FLOAT": torch.float32,
@@ -91,8 +87,8 @@ class Session:
             )
             if self._cache is None:
                 self._cache = config.create_runtime_cache()
-                if self._kernels.is_file():
-                    self._cache.deserialize(self._kernels.read_bytes())  # False: starts empty
+                if (kernels := kept.read(self._kernels)) is not None:
+                    self._cache.deserialize(kernels)  # False: starts empty
             config.set_runtime_cache(self._cache)
         context = engine.create_execution_context(config)
         if context is None or not context.set_optimization_profile_async(
@@ -117,17 +113,8 @@ class Session:
 
     def keep_kernels(self) -> None:
         """Write what was compiled for this device into the user's cache."""
-        if self._cache is None:
-            return
-        self._kernels.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=self._kernels.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(self._cache.serialize())
-            os.replace(name, self._kernels)
-        except OSError as error:
-            Path(name).unlink(missing_ok=True)
-            logger.warning("kernels are compiled again next time: %s", error)
+        if self._cache is not None:
+            kept.write(self._kernels, bytes(self._cache.serialize()))
 
 
 class EngineCall:

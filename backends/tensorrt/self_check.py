@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from inlay.backends.kv_caches import LayerCache
 from inlay.backends.model import SegmentCall
 from inlay.backends.program import AttentionStep, SegmentStep
 from inlay.backends.step import StepRequest, build_step
+from inlay.backends.tensorrt import kept
 from inlay.backends.tensorrt.wide import wide, widen_graph
 from inlay.errors import ArtifactError
 from inlay.passes.check import relative_rms
@@ -49,7 +48,7 @@ def check_engines(
     calls: by index in the program's steps, outputs of inputs.
     Raises ArtifactError, naming the step and the segment, where an engine is wrong.
     """
-    if verdict.is_file():
+    if kept.read(verdict) is not None:
         return
     errors = step_errors(artifact, calls.get, device)
     if told := disagreement(artifact, errors, tolerance(getattr(torch, artifact.program.dtype))):
@@ -57,7 +56,8 @@ def check_engines(
             f"engines of {artifact.path} are wrong on this device: {told}. Rebuild it "
             f"({artifact.manifest['rebuild']}), or run its graphs with backend='eager'"
         )
-    _write(verdict, {"errors": {str(index): error for index, error in errors.items()}})
+    said = {"errors": {str(index): error for index, error in errors.items()}}
+    kept.write(verdict, json.dumps(said).encode())
 
 
 def disagreement(artifact: Artifact, errors: Mapping[int, float], allowed: float) -> str:
@@ -166,11 +166,3 @@ def _error(right: torch.Tensor, got: torch.Tensor) -> float:
         return 0.0 if torch.equal(right, got) else math.inf
     error = relative_rms(right.float(), got.float())
     return math.inf if math.isnan(error) else error
-
-
-def _write(file: Path, data: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=file.parent)
-    with os.fdopen(descriptor, "w") as opened:
-        json.dump(data, opened)
-    os.replace(name, file)

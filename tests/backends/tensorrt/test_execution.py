@@ -133,6 +133,16 @@ def test_good_engines_pass_and_are_not_checked_again(artifact: Artifact, tmp_pat
     assert len(runs(calls[0])) == before > 0
 
 
+def test_a_cache_that_cannot_be_written_costs_time_alone(
+    artifact: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    check_engines(artifact, calls_of(artifact, tmp_path), CPU, blocked / "verdict.json")
+    assert "verdict.json is not kept in the cache" in caplog.text
+    assert "verdict.json in the cache cannot be read" in caplog.text
+
+
 @pytest.mark.parametrize("which", [0, -1])
 def test_a_wrong_engine_is_refused_by_name(artifact: Artifact, tmp_path: Path, which: int) -> None:
     steps = sorted(calls_of(artifact, tmp_path))
