@@ -49,6 +49,15 @@ def test_the_demo_as_a_process(tmp_path: Path) -> None:
     assert len(html) < 300_000
 
 
+@pytest.mark.parametrize("flag", ["--whole", "--target=sm89", "--fallback=inductor"])
+def test_options_of_one_backend_are_not_offered(
+    toy: str, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", toy, flag])
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_a_model_as_text_and_json(toy: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", toy, "--dtype", "float32", "--max-seq-len", "100"]) == 0
     text = capsys.readouterr().out

@@ -211,7 +211,8 @@ def test_loading_needs_onnxruntime_alone(engine: Engine, monkeypatch: pytest.Mon
     without(monkeypatch, "onnxscript")
     Engine.load(engine.path).load_model()
     without(monkeypatch, "onnxruntime")
-    with pytest.raises(ArtifactError, match=r"'onnxruntime'.*pip install 'inlay\[onnxruntime\]'"):
+    told = r"'onnxruntime'.*pip install 'inlay\[onnxruntime\]', .*backend='eager'"
+    with pytest.raises(ArtifactError, match=told):
         Engine.load(engine.path).load_model()
 
 
