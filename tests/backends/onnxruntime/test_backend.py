@@ -211,7 +211,7 @@ def test_loading_needs_onnxruntime_alone(engine: Engine, monkeypatch: pytest.Mon
     without(monkeypatch, "onnxscript")
     Engine.load(engine.path).load_model()
     without(monkeypatch, "onnxruntime")
-    told = r"'onnxruntime'.*pip install 'inlay\[onnxruntime\]', .*backend='eager'"
+    told = r"'onnxruntime'.*pip install 'inlay\[onnxruntime\]'.*backend='eager'"
     with pytest.raises(ArtifactError, match=told):
         Engine.load(engine.path).load_model()
 
