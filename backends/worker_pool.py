@@ -57,8 +57,14 @@ class Worker:
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        if line:
-            return json.loads(line)
+        if line.endswith("\n"):
+            try:
+                return json.loads(line)
+            except ValueError as error:
+                self.kill()
+                raise BuildError(
+                    f"the process that {doing} gave {line.strip()!r} for an answer"
+                ) from error
         self._await_end()
         self.kill()
         raise BuildError(

@@ -114,7 +114,7 @@ def load_source(
         if format_ is not None:
             wanted = wanted or config.dtype or config.get_text_config().dtype or format_.dtype
             files = QuantizedFiles(format_, wanted)
-        look(dtype_name(wanted or config.dtype), () if format_ is None else format_.schemes)
+        look(dtype_name(wanted or config.dtype), () if format_ is None else format_.sure_schemes)
         loaded = guarded(name, lambda: _load(name, wanted, config, options, files))
         guarded(name, lambda: check_files(name, files is not None))
         if tokenizer is None:

@@ -126,13 +126,20 @@ def _segment(members: list[Node], outputs: list[Node]) -> tuple[SegmentStep, Gra
 
 
 def _is_read_strided(node: Node, inside: Iterable[Node]) -> bool:
-    """Whether another segment reads a view with gaps: segments are compiled for dense inputs, and
-    do not look at strides. Attention does."""
+    """Whether another segment reads what may be a view with gaps: segments are compiled for dense
+    inputs, and do not look at strides. Attention does."""
     readers = [n for n in node.users if n not in inside and n.op != "output"]
     dense = torch.empty_like(node.meta["val"], memory_format=torch.contiguous_format).stride()
-    return node.meta["val"].stride() != dense and any(
-        not is_call(reader, PAGED_ATTENTION) for reader in readers
-    )
+    is_strided = node.meta["val"].stride() != dense or _is_view(node)
+    return is_strided and any(not is_call(reader, PAGED_ATTENTION) for reader in readers)
+
+
+def _is_view(node: Node) -> bool:
+    """Whether it shares memory with another value. Export's strides of such are not to be relied
+    on: behind an in-place op on a view (gemma3n) they are dense for what has gaps."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "call_function"
+    return any(returned.alias_info is not None for returned in node.target._schema.returns)
 
 
 def _floating(members: Iterable[Node]) -> list[Node]:

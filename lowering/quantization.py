@@ -18,6 +18,7 @@ from inlay.lowering.loading import Source
 from inlay.passes.quantize.calibrate import Batch, calibrate
 from inlay.passes.quantize.config import NONE, QuantizationConfig, Scheme
 from inlay.passes.quantize.plan import Plan
+from inlay.passes.quantize.rewrite import MULTIPLE
 
 SAMPLES_FILE = "calibration.jsonl"
 """In the artifact: with it and the options' quantization, calibration can be done again on other
@@ -40,7 +41,7 @@ def check_unquantized(quantization: Any, source: Source) -> None:
 
 def sure_schemes(config: Any, source: Source | None = None) -> tuple[Scheme, ...]:
     """Schemes that layers will have for certain, as far as a config alone can tell, or with the
-    model of a source too."""
+    model of a source too. Fewer than there are is no harm, what refuses them then does so later."""
     if source is not None and source.stored is not None:
         return tuple(dict.fromkeys(source.stored.schemes.values()))
     if config == NONE:
@@ -49,11 +50,15 @@ def sure_schemes(config: Any, source: Source | None = None) -> tuple[Scheme, ...
         return () if config.ignore else (config.layers,)
     head = source.model.get_output_embeddings()
     linear = {n: m for n, m in source.model.named_modules() if isinstance(m, LINEARS)}
-    left = [module for name, module in linear.items() if not config.ignores([name])]
+    ignored = [m for name, m in linear.items() if config.ignores([name])]
+    if any(m is not head for m in ignored):  # which keeps what is fused with it from it too
+        return ()
+    left = [m for m in linear.values() if m not in ignored]
+    taken = [m for m in left if all(size % MULTIPLE == 0 for size in m.weight.shape)]
     num_layers = source.model.config.get_text_config().num_hidden_layers
     # A layer may have a router and a gate of shared experts, which are not quantized.
-    schemes = (config.layers,) if len(left) > 2 * num_layers + 1 else ()
-    return schemes if config.head is None or head not in left else (*schemes, config.head)
+    schemes = (config.layers,) if len(taken) > 2 * num_layers + 1 else ()
+    return (*schemes, config.head) if config.head is not None and head in taken else schemes
 
 
 def make_plan(

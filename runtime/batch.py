@@ -54,6 +54,7 @@ class Batch:
         if len(self.newest[0]):
             places, slots = (to_device(part, last_tokens.device) for part in self.newest)
             step.input_ids[places] = last_tokens[slots]
+            step.input_ids[step.num_tokens :] = step.input_ids[step.num_tokens - 1]
 
 
 def prepare(items: Sequence[ScheduledRequest], kv_cache: KVCache, sizes: StepSizes) -> Batch:

@@ -20,6 +20,9 @@ DYNAMIC_PER_TENSOR = (
 )
 
 
+HEAD_NAMES = {"lm_head", "*lm_head", ".*lm_head", "*lm_head*", ".*lm_head.*"}
+
+
 class Format:
     """How a quantized weight lies in a checkpoint.
 
@@ -41,6 +44,15 @@ class Format:
         self.facts = facts
         self.notes: set[str] = set()
         self.schemes: tuple[Scheme, ...] = ()
+
+    @property
+    def sure_schemes(self) -> tuple[Scheme, ...]:
+        """`schemes`, where the config leaves out no more than the head; else nobody knows yet."""
+        inner = self.facts.get("quantization")
+        facts = inner if isinstance(inner, Mapping) else self.facts  # ModelOpt's own file
+        keys = ("ignore", "modules_to_not_convert", "exclude_modules")
+        left_out = {name.removeprefix("re:") for key in keys for name in facts.get(key) or ()}
+        return () if left_out - HEAD_NAMES else self.schemes
 
     def read(self, module: str, tensors: Mapping[str, Tensor]) -> Stored:
         """One module's weight; tensors by their names behind the module's.

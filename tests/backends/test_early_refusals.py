@@ -3,11 +3,13 @@ options or the config say it, before capture always."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from inlay import compile_model
 from inlay.backends.base import Known
@@ -15,7 +17,9 @@ from inlay.backends.tensorrt import library
 from inlay.backends.tensorrt.backend import TensorRTBackend
 from inlay.errors import BuildError, InlayError, OptionError, UnsupportedModelError
 from inlay.lowering import loading, pipeline
-from inlay.passes.quantize.config import Scheme
+from inlay.lowering.loading import load_source
+from inlay.lowering.quantization import sure_schemes
+from inlay.passes.quantize.config import QuantizationConfig, Scheme
 from tests.quantizable import build_quantizable
 from tests.toys import build_toy
 
@@ -177,3 +181,19 @@ def test_each_reason_is_told_once() -> None:
         TensorRTBackend().check_early(known)
     text = str(refused.value)
     assert text.count("found at run time") == text.count("zero points") == 1
+
+
+@pytest.mark.parametrize("vocab_size", [256, 257])
+def test_a_head_that_is_left_out_is_no_reason(vocab_size: int) -> None:
+    """Sizes that are no multiples of 16 stay as they are (rewrite.py): GPT-2's vocabulary."""
+    config = QuantizationConfig(format="w8a8", calibration=TEXTS, activation_scales="static")
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2,
+        )
+    )  # fmt: skip
+    found = sure_schemes(config, load_source(model, "float32"))
+    assert (config.head in found) is (vocab_size == 256)
+    assert config.layers in found
+    assert sure_schemes(replace(config, ignore=("*q_proj",)), load_source(model, "float32")) == ()

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
+from inlay import compile_model
 from inlay.backends.graph_json import graph_key, graph_to_json
 from inlay.backends.program import AttentionStep, Program, SegmentStep
+from inlay.backends.step import StepRequest, build_step
 from inlay.errors import UnsupportedModelError
 from inlay.lowering.capture import capture
 from inlay.lowering.partition import _size_from, partition

@@ -190,7 +190,7 @@ struct SymmetricFactors {
       : from(static_cast<const T*>(p.scale) + group * p.out_features + first),
         middle(middle_of(p.format)) {}
   VecF scale(int v) const { return load(from + v * kLanes); }
-  VecI zero(int, int32_t sum) const { return VecI{} + middle * sum; }
+  VecI zero(int, int32_t sum) const { return (VecI{} + sum) * middle; }  // of any sum: NaN's too
 };
 
 constexpr int64_t kGroupsAhead = 8;
