@@ -1,0 +1,142 @@
+"""Put new keys and values into their cache slots, rounded as `passes/kv_formats.py` says, bit by
+bit: true divisions, ties to even, NaN kept. A negative slot is padding and is not written."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+import torch
+
+from inlay.backends.kernels.triton.attention_launch import Launch, next_power_of_2
+from inlay.backends.kv_caches import LayerCache
+
+_FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+
+
+@triton.jit
+def _clamp(x, largest):
+    """To [-largest, largest]; NaN stays."""
+    return tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
+
+
+@triton.jit
+def _to_e4m3(x):
+    """The bits of float32 numbers in [-448, 448] or NaN as e4m3, ties to even."""
+    bits = x.to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    # Below 2^-6 numbers are multiples of 2^-9: adding 2^14, whose last place that is, rounds so.
+    small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    # 7 bits of exponent bias, 3 of mantissa: half of the last place less one, plus its parity.
+    normal = (size - 0x3C000000 + 0x7FFFF + ((size >> 20) & 1)) >> 20
+    result = tl.where(size < 0x3C800000, small, normal)
+    result = tl.where(size > 0x7F800000, 0x7F, result)
+    return (result | (bits >> 24 & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def _write_vectors(
+    x, cache, scales, scale_at, from_at, to_at, mask,
+    FORMAT: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Vectors [heads, D] at from_at into to_at; int8's scales [heads] at scale_at."""
+    value = tl.load(x + from_at, mask=mask, other=0.0)
+    if FORMAT == "int8":
+        value = value.to(tl.float32)
+        size = tl.abs(value)
+        not_number = tl.max((size != size).to(tl.int32), 1) > 0
+        scale = tl.div_rn(tl.max(size, 1), tl.full(size.shape[:1], 127.0, tl.float32))
+        scale = tl.where(not_number, float("nan"), scale)
+        steps = tl.div_rn(value, tl.broadcast_to(scale[:, None], size.shape))
+        steps = (steps + 12582912.0) - 12582912.0  # 1.5 * 2^23: whole numbers, ties to even
+        # 0 / 0, NaN / NaN and inf / inf: no number, stored as 0.
+        steps = tl.where(steps == steps, _clamp(steps, 127.0), 0.0)
+        tl.store(cache + to_at, steps.to(tl.int8), mask=mask)
+        tl.store(scales + scale_at, scale, mask=tl.max(mask.to(tl.int32), 1) > 0)
+    elif FORMAT == "fp8":
+        value = value.to(tl.float32)
+        value = tl.div_rn(value, tl.full(value.shape, 1.0, tl.float32) * tl.load(scales))
+        tl.store(cache + to_at, _to_e4m3(_clamp(value, 448.0)), mask=mask)
+    elif FORMAT == "cast":
+        value = _clamp(value.to(tl.float32), LARGEST)
+        tl.store(cache + to_at, value.to(cache.dtype.element_ty), mask=mask)
+    else:
+        tl.store(cache + to_at, value, mask=mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots"])
+def write_kernel(
+    k, v, k_cache, v_cache, k_scales, v_scales, slots,
+    stride_k_token, stride_k_head, stride_v_token, stride_v_head,
+    stride_kc_block, stride_kc_head, stride_kc_token,
+    stride_vc_block, stride_vc_head, stride_vc_token,
+    stride_scale_block, stride_scale_head,
+    NUM_HEADS: tl.constexpr, HEAD: tl.constexpr, V_HEAD: tl.constexpr, PADDED: tl.constexpr,
+    V_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr,
+    FORMAT: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """One program: token, HEADS KV heads."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token)
+    if slot < 0:
+        return
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS).to(tl.int64)
+    dims, v_dims = tl.arange(0, PADDED), tl.arange(0, V_PADDED)
+    scale_at = head
+    if FORMAT == "int8":
+        scale_at = block * stride_scale_block + head * stride_scale_head + offset
+    _write_vectors(
+        k, k_cache, k_scales, scale_at,
+        token * stride_k_token + (head * stride_k_head)[:, None] + dims[None, :],
+        block * stride_kc_block + offset * stride_kc_token
+        + (head * stride_kc_head)[:, None] + dims[None, :],
+        (head < NUM_HEADS)[:, None] & (dims < HEAD)[None, :],
+        FORMAT, LARGEST,
+    )  # fmt: skip
+    _write_vectors(
+        v, v_cache, v_scales, scale_at,
+        token * stride_v_token + (head * stride_v_head)[:, None] + v_dims[None, :],
+        block * stride_vc_block + offset * stride_vc_token
+        + (head * stride_vc_head)[:, None] + v_dims[None, :],
+        (head < NUM_HEADS)[:, None] & (v_dims < V_HEAD)[None, :],
+        FORMAT, LARGEST,
+    )  # fmt: skip
+
+
+def plan_write(k: Tensor, v: Tensor, cache: LayerCache, slots: Tensor) -> Launch:
+    """k [T, Hk, D], v [T, Hk, Dv] into a cache [blocks, Hk, block_size, D] at slots [T] int64.
+
+    Any strides of tokens and heads; the last dimension is dense.
+    """
+    num_tokens, num_heads, head = k.shape
+    v_head, dtype = v.shape[2], cache.k.dtype
+    padded, v_padded = next_power_of_2(head), next_power_of_2(v_head)
+    together = next_power_of_2(num_heads)
+    while together > 1 and together * max(padded, v_padded) > 2048:
+        together //= 2
+    k_cache, v_cache = cache.k, cache.v
+    if dtype == torch.float8_e4m3fn:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    per_token = cache.k_scales is not None and dtype == torch.int8
+    copied = "copy" if dtype == k.dtype else "cast"
+    return Launch(
+        write_kernel,
+        (num_tokens, triton.cdiv(num_heads, together)),
+        {
+            "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache,
+            "k_scales": cache.k_scales, "v_scales": cache.v_scales, "slots": slots,
+            "stride_k_token": k.stride(0), "stride_k_head": k.stride(1),
+            "stride_v_token": v.stride(0), "stride_v_head": v.stride(1),
+            "stride_kc_block": k_cache.stride(0), "stride_kc_head": k_cache.stride(1),
+            "stride_kc_token": k_cache.stride(2), "stride_vc_block": v_cache.stride(0),
+            "stride_vc_head": v_cache.stride(1), "stride_vc_token": v_cache.stride(2),
+            "stride_scale_block": cache.k_scales.stride(0) if per_token else 0,
+            "stride_scale_head": cache.k_scales.stride(1) if per_token else 0,
+            "NUM_HEADS": num_heads, "HEAD": head, "V_HEAD": v_head, "PADDED": padded,
+            "V_PADDED": v_padded, "BLOCK_SIZE": cache.k.shape[2], "HEADS": together,
+            "FORMAT": _FORMATS.get(dtype, copied),
+            "LARGEST": torch.finfo(dtype).max if dtype.is_floating_point else 0.0,
+        },
+        num_warps=4,
+        num_stages=1,
+    )  # fmt: skip
