@@ -140,7 +140,7 @@ def _shared_args(
     if k_cache.dtype == torch.float8_e4m3fn:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     scale_strides = cache.k_scales.stride() if formats["FORMAT"] == "int8" else (0, 0)
-    slopes_kind = ""
+    slopes_kind = "none"
     if slopes is not None:
         slopes_kind = "of_key" if slopes.dtype == torch.bfloat16 else "of_distance"
     args = {

@@ -110,7 +110,7 @@ def prefill_kernel(
             low, high = oldest // BLOCK_N * BLOCK_N, whole
         if phase == 2:
             low, high = whole_end, newest
-        if phase > 0 or WINDOW or CHUNK:
+        if phase > 0 or (WINDOW or CHUNK):
             for start in range(low, high, BLOCK_N):
                 total, row_max, row_sum = attend(
                     total, row_max, row_sum, query, start, keys, values, key_scales, value_scales,

@@ -35,11 +35,11 @@ def visible(
 def _widen(x, FORMAT: tl.constexpr, DOT: tl.constexpr):
     """Cached numbers as operands of a product; every number of e4m3 and int8 is one of theirs."""
     if FORMAT == "fp8":
-        return x.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(DOT)
+        x = x.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     if FORMAT == "fp8_bits":  # for what has no such conversion; 2^8 is the biases' difference
         bits = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
         half = bits.to(tl.float16, bitcast=True) * 256.0
-        return tl.where((x & 0x7F) == 0x7F, float("nan"), half).to(DOT)
+        x = tl.where((x & 0x7F) == 0x7F, float("nan"), half)
     return x.to(DOT)
 
 
@@ -128,7 +128,7 @@ def attend(
         at_scale = block * stride_scale_block + offset
         key_scale = tl.load(k_scales + at_scale, mask=seen, other=0.0)
         scores = scores * key_scale[None, :]
-    if MASKED or SOFTCAP or SLOPES:
+    if MASKED or (SOFTCAP or SLOPES != "none"):
         scores = scores * row_scale[:, None]
         if SOFTCAP:
             scores = _tanh(scores) * softcap
@@ -183,13 +183,14 @@ def load_query(
     dims = tl.arange(0, PADDED)
     at = rows.to(tl.int64)[:, None] * stride_token + head[:, None] * stride_head + dims[None, :]
     query = tl.load(q + at, mask=is_row[:, None] & (dims < HEAD)[None, :], other=0.0)
-    if not NORMALISE:
-        return query.to(DOT), 1.0
-    query = query.to(tl.float32)
-    largest = tl.max(tl.abs(query), 1)
-    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    power = tl.where(power == 0.0, 1.0, power)
-    return (query / power[:, None]).to(DOT), power
+    unit = 1.0
+    if NORMALISE:
+        query = query.to(tl.float32)
+        largest = tl.max(tl.abs(query), 1)
+        power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        unit = tl.where(power == 0.0, 1.0, power)
+        query = query / unit[:, None]
+    return query.to(DOT), unit
 
 
 @triton.jit
@@ -203,7 +204,7 @@ def row_factors(
     if FORMAT == "fp8" or FORMAT == "fp8_bits":
         row_scale = row_scale * tl.load(k_scales)
     slope = row_scale
-    if SLOPES:
+    if SLOPES != "none":
         slope = tl.load(slopes + head, mask=is_row, other=0.0).to(tl.float32)
     if SLOPES == "of_distance":
         slope = slope * LOG2E
