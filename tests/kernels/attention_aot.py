@@ -81,7 +81,9 @@ def _read(compiled: Any) -> Compiled:
         usage = _run("cuobjdump", "-res-usage", cubin)
         code = _run("nvdisasm", cubin)
     sass: dict[str, int] = {}
-    for name in re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.M):
+    for name in re.findall(
+        r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.M
+    ):
         sass[name] = sass.get(name, 0) + 1
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
     locals_ = sum(n for name, n in sass.items() if name.split(".")[0] in ("LDL", "STL"))

@@ -58,9 +58,7 @@ def decode_kernel(
     q, k_cache, v_cache, k_scales, v_scales, table, seq_lens, starts, sinks, slopes, out, partial,
     partial_log2,
     num_requests, scale, softcap, window, chunk,
-    stride_q_token, stride_q_head,
-    stride_k_block, stride_k_head, stride_k_token, stride_v_block, stride_v_head, stride_v_token,
-    stride_scale_block, stride_scale_head, stride_table,
+    stride_q_token, stride_q_head, stride_table,
     GROUP: tl.constexpr, HEAD: tl.constexpr, V_HEAD: tl.constexpr, PADDED: tl.constexpr,
     V_PADDED: tl.constexpr, NUM_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PER_TOKEN: tl.constexpr,
@@ -102,12 +100,6 @@ def decode_kernel(
         scale, unit, softcap, k_scales, slopes, head, is_row, BLOCK_M, FORMAT, SOFTCAP, SLOPES
     )
     pages = table + request.to(tl.int64) * stride_table
-    keys = k_cache + kv_head.to(tl.int64) * stride_k_head
-    values = v_cache + kv_head.to(tl.int64) * stride_v_head
-    key_scales, value_scales = k_scales, v_scales
-    if FORMAT == "int8":
-        of_head = kv_head.to(tl.int64) * stride_scale_head
-        key_scales, value_scales = k_scales + of_head, v_scales + of_head
     total = tl.zeros([BLOCK_M, V_PADDED], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -115,10 +107,9 @@ def decode_kernel(
     last = tl.minimum(begin + per_split, tiles) * BLOCK_N
     for start in range(begin * BLOCK_N, last, BLOCK_N):
         total, row_max, row_sum = attend(
-            total, row_max, row_sum, query, start, keys, values, key_scales, value_scales, pages,
-            stride_k_block, stride_k_token, stride_v_block, stride_v_token, stride_scale_block,
-            row_scale, softcap * LOG2E, slope, same + position, same + first, same + end,
-            first, end, HEAD, V_HEAD, PADDED, V_PADDED, BLOCK_SIZE, BLOCK_N,
+            total, row_max, row_sum, query, start, k_cache, v_cache, k_scales, v_scales, pages,
+            kv_head, row_scale, softcap * LOG2E, slope, same + position, same + first, same + end,
+            first, end, NUM_HEADS // GROUP, HEAD, V_HEAD, PADDED, V_PADDED, BLOCK_SIZE, BLOCK_N,
             FORMAT, DOT, V_DOT, PRECISION, SOFTCAP, SLOPES, True,
         )  # fmt: skip
     if SPLITS == 1:

@@ -28,9 +28,7 @@ class Launch:
     num_stages: int
 
     def run(self) -> None:
-        self.kernel[self.grid](
-            **self.args, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        self.kernel[self.grid](**self.args, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 @functools.cache

@@ -1,5 +1,5 @@
-"""Which attention kernels serve a step, with which tiles and types: from shapes and the device alone,
-so that nobody waits for the device and a CUDA graph can hold the launches."""
+"""Which attention kernels serve a step, with which tiles and types: from shapes and the device's
+model alone, so that nobody waits for the device and a CUDA graph can hold the launches."""
 
 from __future__ import annotations
 
@@ -139,7 +139,6 @@ def _shared_args(
     k_cache, v_cache = cache.k, cache.v
     if k_cache.dtype == torch.float8_e4m3fn:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    scale_strides = cache.k_scales.stride() if formats["FORMAT"] == "int8" else (0, 0)
     slopes_kind = "none"
     if slopes is not None:
         slopes_kind = "of_key" if slopes.dtype == torch.bfloat16 else "of_distance"
@@ -151,10 +150,6 @@ def _shared_args(
         "scale": float(step.scale), "softcap": float(step.softcap),
         "window": min(step.window, _NO_LIMIT), "chunk": min(step.chunk, _NO_LIMIT),
         "stride_q_token": batch.q.stride(0), "stride_q_head": batch.q.stride(1),
-        "stride_k_block": k_cache.stride(0), "stride_k_head": k_cache.stride(1),
-        "stride_k_token": k_cache.stride(2), "stride_v_block": v_cache.stride(0),
-        "stride_v_head": v_cache.stride(1), "stride_v_token": v_cache.stride(2),
-        "stride_scale_block": scale_strides[0], "stride_scale_head": scale_strides[1],
         "stride_table": batch.block_table.stride(0),
         "GROUP": step.num_heads // step.num_kv_heads, "HEAD": step.head_dim,
         "V_HEAD": step.v_head_dim, "PADDED": padded, "V_PADDED": v_padded,

@@ -68,11 +68,7 @@ def attend(
     k_scales,
     v_scales,
     table,
-    stride_k_block,
-    stride_k_token,
-    stride_v_block,
-    stride_v_token,
-    stride_scale_block,
+    kv_head,
     row_scale,
     softcap,
     slope,
@@ -81,6 +77,7 @@ def attend(
     end,
     oldest,
     newest,
+    NUM_KV_HEADS: tl.constexpr,
     HEAD: tl.constexpr,
     V_HEAD: tl.constexpr,
     PADDED: tl.constexpr,
@@ -97,6 +94,7 @@ def attend(
 ):
     """Keys [start, start + BLOCK_N) of one request and KV head: the new total, row_max, row_sum.
 
+    Caches are dense [blocks, NUM_KV_HEADS, BLOCK_SIZE, head size]; scales have one for each row.
     query [M, PADDED] in DOT; total [M, V_PADDED] float32; row_scale [M]: log2-units of a product's
     unit (with a soft-cap: shares of the cap); softcap in log2-units; slope, position, first, end
     [M]. MASKED: not all rows see all keys. Keys outside [oldest, newest) nobody sees: their pages
@@ -104,16 +102,19 @@ def attend(
     """
     keys = start + tl.arange(0, BLOCK_N)
     seen = (keys >= oldest) & (keys < newest)
+    # Unsigned: a division by a power of two is a shift then.
+    unsigned = keys.to(tl.uint32)
     if BLOCK_SIZE % BLOCK_N == 0:  # one page for all; start is a multiple of BLOCK_N
-        block = tl.load(table + start // BLOCK_SIZE).to(tl.int64) + keys * 0
+        block = tl.load(table + start // BLOCK_SIZE)
     elif MASKED:
-        block = tl.load(table + keys // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+        block = tl.load(table + unsigned // BLOCK_SIZE, mask=seen, other=0)
     else:
-        block = tl.load(table + keys // BLOCK_SIZE).to(tl.int64)
-    offset = keys % BLOCK_SIZE
+        block = tl.load(table + unsigned // BLOCK_SIZE)
+    in_block = (unsigned % BLOCK_SIZE).to(tl.int32)
+    row = block.to(tl.int64) * (NUM_KV_HEADS * BLOCK_SIZE) + (kv_head * BLOCK_SIZE + in_block)
 
     dims = tl.arange(0, PADDED)
-    at = k_cache + (block * stride_k_block + offset * stride_k_token)[:, None] + dims[None, :]
+    at = k_cache + (row * HEAD)[:, None] + dims[None, :]
     if MASKED and PADDED != HEAD:
         key = tl.load(at, mask=seen[:, None] & (dims < HEAD)[None, :], other=0)
     elif MASKED:
@@ -125,8 +126,7 @@ def attend(
 
     scores = tl.dot(query, tl.trans(_widen(key, FORMAT, DOT)), input_precision=PRECISION)
     if FORMAT == "int8":
-        at_scale = block * stride_scale_block + offset
-        key_scale = tl.load(k_scales + at_scale, mask=seen, other=0.0)
+        key_scale = tl.load(k_scales + row, mask=seen, other=0.0)
         scores = scores * key_scale[None, :]
     if MASKED or (SOFTCAP or SLOPES != "none"):
         scores = scores * row_scale[:, None]
@@ -153,7 +153,7 @@ def attend(
     row_sum = row_sum * shrink + tl.sum(weights, 1)
 
     v_dims = tl.arange(0, V_PADDED)
-    at = v_cache + (block * stride_v_block + offset * stride_v_token)[:, None] + v_dims[None, :]
+    at = v_cache + (row * V_HEAD)[:, None] + v_dims[None, :]
     if MASKED and V_PADDED != V_HEAD:
         value = tl.load(at, mask=seen[:, None] & (v_dims < V_HEAD)[None, :], other=0)
     elif MASKED:
@@ -163,7 +163,7 @@ def attend(
     else:
         value = tl.load(at)
     if FORMAT == "int8":
-        weights = weights * tl.load(v_scales + at_scale, mask=seen, other=0.0)[None, :]
+        weights = weights * tl.load(v_scales + row, mask=seen, other=0.0)[None, :]
     total = total * shrink[:, None]
     value = _widen(value, FORMAT, V_DOT)
     total = tl.dot(weights.to(V_DOT), value, total, input_precision=PRECISION)

@@ -1,11 +1,10 @@
 """Put new keys and values into their cache slots, rounded as `passes/kv_formats.py` says, bit by
 bit: true divisions, ties to even, NaN kept. A negative slot is padding and is not written."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-import torch
 
 from inlay.backends.kernels.triton.attention_launch import Launch, next_power_of_2
 from inlay.backends.kv_caches import LayerCache
@@ -67,9 +66,6 @@ def _write_vectors(
 def write_kernel(
     k, v, k_cache, v_cache, k_scales, v_scales, slots,
     stride_k_token, stride_k_head, stride_v_token, stride_v_head,
-    stride_kc_block, stride_kc_head, stride_kc_token,
-    stride_vc_block, stride_vc_head, stride_vc_token,
-    stride_scale_block, stride_scale_head,
     NUM_HEADS: tl.constexpr, HEAD: tl.constexpr, V_HEAD: tl.constexpr, PADDED: tl.constexpr,
     V_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr,
     FORMAT: tl.constexpr, LARGEST: tl.constexpr,
@@ -79,25 +75,20 @@ def write_kernel(
     slot = tl.load(slots + token)
     if slot < 0:
         return
-    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS).to(tl.int64)
     dims, v_dims = tl.arange(0, PADDED), tl.arange(0, V_PADDED)
-    scale_at = head
-    if FORMAT == "int8":
-        scale_at = block * stride_scale_block + head * stride_scale_head + offset
+    row = (slot // BLOCK_SIZE * NUM_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
     _write_vectors(
-        k, k_cache, k_scales, scale_at,
+        k, k_cache, k_scales, row,
         token * stride_k_token + (head * stride_k_head)[:, None] + dims[None, :],
-        block * stride_kc_block + offset * stride_kc_token
-        + (head * stride_kc_head)[:, None] + dims[None, :],
+        (row * HEAD)[:, None] + dims[None, :],
         (head < NUM_HEADS)[:, None] & (dims < HEAD)[None, :],
         FORMAT, LARGEST,
     )  # fmt: skip
     _write_vectors(
-        v, v_cache, v_scales, scale_at,
+        v, v_cache, v_scales, row,
         token * stride_v_token + (head * stride_v_head)[:, None] + v_dims[None, :],
-        block * stride_vc_block + offset * stride_vc_token
-        + (head * stride_vc_head)[:, None] + v_dims[None, :],
+        (row * V_HEAD)[:, None] + v_dims[None, :],
         (head < NUM_HEADS)[:, None] & (v_dims < V_HEAD)[None, :],
         FORMAT, LARGEST,
     )  # fmt: skip
@@ -117,7 +108,6 @@ def plan_write(k: Tensor, v: Tensor, cache: LayerCache, slots: Tensor) -> Launch
     k_cache, v_cache = cache.k, cache.v
     if dtype == torch.float8_e4m3fn:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    per_token = cache.k_scales is not None and dtype == torch.int8
     copied = "copy" if dtype == k.dtype else "cast"
     return Launch(
         write_kernel,
@@ -127,11 +117,6 @@ def plan_write(k: Tensor, v: Tensor, cache: LayerCache, slots: Tensor) -> Launch
             "k_scales": cache.k_scales, "v_scales": cache.v_scales, "slots": slots,
             "stride_k_token": k.stride(0), "stride_k_head": k.stride(1),
             "stride_v_token": v.stride(0), "stride_v_head": v.stride(1),
-            "stride_kc_block": k_cache.stride(0), "stride_kc_head": k_cache.stride(1),
-            "stride_kc_token": k_cache.stride(2), "stride_vc_block": v_cache.stride(0),
-            "stride_vc_head": v_cache.stride(1), "stride_vc_token": v_cache.stride(2),
-            "stride_scale_block": cache.k_scales.stride(0) if per_token else 0,
-            "stride_scale_head": cache.k_scales.stride(1) if per_token else 0,
             "NUM_HEADS": num_heads, "HEAD": head, "V_HEAD": v_head, "PADDED": padded,
             "V_PADDED": v_padded, "BLOCK_SIZE": cache.k.shape[2], "HEADS": together,
             "FORMAT": _FORMATS.get(dtype, copied),

@@ -52,9 +52,7 @@ class TritonAttention:
             self._say(f"layer {step.layer}: attention as plain tensor operations, slow: {reason}")
             batch = slot_mapping, block_table, seq_lens, query_start_loc
             return self._gathered(step, q, k, v, cache, *batch, sinks, slopes)
-        out = torch.empty(
-            q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device
-        )
+        out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
         if q.shape[0] == 0:
             return out
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
