@@ -16,6 +16,7 @@ from inlay.backends.kernels.triton.attention_tile import (
     load_query,
     owner_of,
     row_factors,
+    store_rows,
     visible,
 )
 
@@ -77,14 +78,11 @@ def decode_kernel(
     in_group = tl.program_id(1) % head_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = in_group < GROUP
     head = kv_head * GROUP + in_group
-    v_dims = tl.arange(0, V_PADDED)
-    stored = is_row[:, None] & (v_dims < V_HEAD)[None, :]
     token, request, position, length = _query_of(row, starts, seq_lens, num_requests, PER_TOKEN)
-    to_out = (token.to(tl.int64) * NUM_HEADS + head)[:, None] * V_HEAD + v_dims[None, :]
     if (request < 0) | (request >= num_requests):
         if PER_TOKEN and SPLITS == 1:  # padding
-            zero = tl.zeros([BLOCK_M, V_PADDED], out.dtype.element_ty)
-            tl.store(out + to_out, zero, mask=stored)
+            zero = tl.zeros([BLOCK_M, V_PADDED], tl.float32)
+            store_rows(out, zero, token, head, is_row, NUM_HEADS, V_HEAD, V_PADDED)
         return
 
     first, end = visible(position, length, window, chunk, CAUSAL, WINDOW, CHUNK)
@@ -118,11 +116,11 @@ def decode_kernel(
     if FORMAT == "fp8" or FORMAT == "fp8_bits":
         total = total * tl.load(v_scales)
     if SPLITS == 1:
-        tl.store(out + to_out, total.to(out.dtype.element_ty), mask=stored)
+        store_rows(out, total, token, head, is_row, NUM_HEADS, V_HEAD, V_PADDED)
     else:
         at = (row.to(tl.int64) * NUM_HEADS + head) * SPLITS + split
         tl.store(partial_log2 + at, row_max + tl.log2(row_sum), mask=is_row)
-        tl.store(partial + at[:, None] * V_HEAD + v_dims[None, :], total, mask=stored)
+        store_rows(partial, total, row * NUM_HEADS + head, split, is_row, SPLITS, V_HEAD, V_PADDED)
 
 
 @triton.jit(do_not_specialize=_FROM_STEP_TO_STEP, do_not_specialize_on_alignment=_ANYWHERE)

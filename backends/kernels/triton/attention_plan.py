@@ -121,7 +121,7 @@ def _plan_prefill(batch: Batch, out: Tensor, target: Target) -> Launch:
     num_tokens, num_requests = batch.q.shape[0], batch.seq_lens.shape[0]
     # At most: each request's last tile may be begun only, and padding's.
     programs = num_tokens * shared["GROUP"] // tiles.block_m + num_requests + 1
-    args = {**shared, "num_tokens": num_tokens, "BLOCK_M": tiles.block_m}
+    args = {**shared, "num_tokens": num_tokens, "BLOCK_M": tiles.block_m, "MASKED_N": tiles.block_n//2}
     grid = programs, step.num_kv_heads
     return Launch(prefill_kernel, grid, args, tiles.num_warps, tiles.num_stages)
 

@@ -14,6 +14,7 @@ from inlay.backends.kernels.triton.attention_tile import (
     attend,
     load_query,
     row_factors,
+    store_rows,
     visible,
 )
 
@@ -44,7 +45,7 @@ def prefill_kernel(
     stride_q_token, stride_q_head, stride_table,
     GROUP: tl.constexpr, HEAD: tl.constexpr, V_HEAD: tl.constexpr, PADDED: tl.constexpr,
     V_PADDED: tl.constexpr, NUM_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr,
     FORMAT: tl.constexpr, DOT: tl.constexpr, V_DOT: tl.constexpr, NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, SINKS: tl.constexpr,
@@ -66,11 +67,9 @@ def prefill_kernel(
     is_row = rows < num_rows
     in_request = tl.minimum(rows // GROUP, stop - begin - 1)
     token, head = begin + in_request, kv_head * GROUP + rows % GROUP
-    v_dims = tl.arange(0, V_PADDED)
-    to_out = (token.to(tl.int64) * NUM_HEADS + head)[:, None] * V_HEAD + v_dims[None, :]
-    stored = is_row[:, None] & (v_dims < V_HEAD)[None, :]
     if is_padding:
-        tl.store(out + to_out, tl.zeros([BLOCK_M, V_PADDED], out.dtype.element_ty), mask=stored)
+        zero = tl.zeros([BLOCK_M, V_PADDED], tl.float32)
+        store_rows(out, zero, token, head, is_row, NUM_HEADS, V_HEAD, V_PADDED)
         return
 
     length = tl.load(seq_lens + request)
@@ -93,25 +92,27 @@ def prefill_kernel(
     total = tl.zeros([BLOCK_M, V_PADDED], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    # Tiles that all rows see whole need no mask: [whole, whole_end).
+    # Tiles that all rows see whole need no mask: [whole, whole_end). The others, which do, and more
+    # registers with it, are of MASKED_N keys, a divisor.
     whole = tl.minimum(tl.cdiv(all_first, BLOCK_N) * BLOCK_N, newest)
     whole_end = tl.maximum(all_end // BLOCK_N * BLOCK_N, whole)
     for phase in tl.static_range(3):
         low, high = whole, whole_end
         if phase == 0:
-            low, high = oldest // BLOCK_N * BLOCK_N, whole
+            low, high = oldest // MASKED_N * MASKED_N, whole
         if phase == 2:
             low, high = whole_end, newest
         if phase > 0 or (WINDOW or CHUNK):
-            for start in range(low, high, BLOCK_N):
+            for start in range(low, high, BLOCK_N if phase == 1 else MASKED_N):
                 total, row_max, row_sum = attend(
                     total, row_max, row_sum, query, start, k_cache, v_cache, k_scales, v_scales,
                     pages, kv_head, row_scale, softcap * LOG2E, slope, position, first, end, oldest,
-                    newest, NUM_HEADS // GROUP, HEAD, V_HEAD, PADDED, V_PADDED, BLOCK_SIZE, BLOCK_N,
-                    FORMAT, DOT, V_DOT, PRECISION, SOFTCAP, SLOPES, phase != 1,
+                    newest, NUM_HEADS // GROUP, HEAD, V_HEAD, PADDED, V_PADDED, BLOCK_SIZE,
+                    BLOCK_N if phase == 1 else MASKED_N, FORMAT, DOT, V_DOT, PRECISION, SOFTCAP,
+                    SLOPES, phase != 1,
                 )  # fmt: skip
     total, row_sum = add_sink(total, row_max, row_sum, sinks, head, is_row, SINKS)
     total = total / row_sum[:, None]
     if FORMAT == "fp8" or FORMAT == "fp8_bits":
         total = total * tl.load(v_scales)
-    tl.store(out + to_out, total.to(out.dtype.element_ty), mask=stored)
+    store_rows(out, total, token, head, is_row, NUM_HEADS, V_HEAD, V_PADDED)

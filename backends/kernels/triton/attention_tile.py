@@ -37,9 +37,9 @@ def _widen(x, FORMAT: tl.constexpr, DOT: tl.constexpr):
     if FORMAT == "fp8":
         x = x.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     if FORMAT == "fp8_bits":  # for what has no such conversion; 2^8 is the biases' difference
-        bits = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
+        bits = (x.to(tl.int8, bitcast=True).to(tl.int16) << 7) & -0x4001  # the sign stays on top
         half = bits.to(tl.float16, bitcast=True) * 256.0
-        x = tl.where((x & 0x7F) == 0x7F, float("nan"), half)
+        x = tl.where((bits & 0x3F80) == 0x3F80, float("nan"), half)
     return x.to(DOT)
 
 
@@ -221,6 +221,18 @@ def add_sink(total, row_max, row_sum, sinks, head, is_row, SINKS: tl.constexpr):
         row_sum = row_sum * shrink + tl.exp2(sink - new_max)
         total = total * shrink[:, None]
     return total, row_sum
+
+
+@triton.jit
+def store_rows(
+    out, total, rows, column, is_row,
+    COLUMNS: tl.constexpr, V_HEAD: tl.constexpr, V_PADDED: tl.constexpr,
+):  # fmt: skip
+    """total [M, V_PADDED] into out [rows, COLUMNS, V_HEAD]."""
+    dims = tl.arange(0, V_PADDED)
+    at = (rows.to(tl.int64) * COLUMNS + column)[:, None] * V_HEAD + dims[None, :]
+    mask = is_row[:, None] & (dims < V_HEAD)[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
