@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from inlay.backends.artifact import Artifact, WeightReader
 from inlay.backends.base import Backend, BuildSettings, Known, ModelLimits
-from inlay.backends.gathered_attention import GatheredAttention
+from inlay.backends.device_attention import attention_for
 from inlay.backends.graph_json import graph_from_json
 from inlay.backends.kernels.cpu_attention import OPS, CpuAttention, OpsBuild
 from inlay.backends.kernels.cpu_ops import load_ops
@@ -150,7 +150,7 @@ def _platform(provider: str) -> dict[str, str]:
 def _attention(artifact: Artifact, provider: str) -> tuple[torch.device, AttentionOp]:
     if provider == CUDA:
         device = torch.device("cuda", torch.cuda.current_device())
-        return device, GatheredAttention(device)
+        return device, attention_for(device)
     load_ops(artifact.path / OPS)
     return torch.device("cpu"), CpuAttention()
 

@@ -9,7 +9,7 @@ import torch
 
 from inlay.backends.artifact import Artifact, WeightReader
 from inlay.backends.base import ModelLimits
-from inlay.backends.gathered_attention import GatheredAttention
+from inlay.backends.device_attention import attention_for
 from inlay.backends.model import ProgramModel, SegmentCall
 from inlay.backends.program import Program, SegmentStep
 from inlay.errors import OptionError
@@ -44,7 +44,7 @@ def model_of_steps(
         segments,
         weights,
         {name: reader.get(name).to(device) for name in program.attention_weight_names},
-        GatheredAttention(device),
+        attention_for(device),
         device,
         refuse_batch_invariance,
     )

@@ -121,7 +121,12 @@ def _plan_prefill(batch: Batch, out: Tensor, target: Target) -> Launch:
     num_tokens, num_requests = batch.q.shape[0], batch.seq_lens.shape[0]
     # At most: each request's last tile may be begun only, and padding's.
     programs = num_tokens * shared["GROUP"] // tiles.block_m + num_requests + 1
-    args = {**shared, "num_tokens": num_tokens, "BLOCK_M": tiles.block_m, "MASKED_N": tiles.block_n//2}
+    args = {
+        **shared,
+        "num_tokens": num_tokens,
+        "BLOCK_M": tiles.block_m,
+        "MASKED_N": tiles.masked_n,
+    }
     grid = programs, step.num_kv_heads
     return Launch(prefill_kernel, grid, args, tiles.num_warps, tiles.num_stages)
 
@@ -132,7 +137,7 @@ def _shared_args(
     step, cache, slopes = batch.step, batch.cache, batch.slopes
     padded, v_padded = (max(next_power_of_2(n), 16) for n in (step.head_dim, step.v_head_dim))
     formats = _formats(batch.q.dtype, cache.k.dtype, target)
-    bits = formats["DOT"].primitive_bitwidth
+    bits = 32 if formats["DOT"] == tl.float32 else cache.k.dtype.itemsize * 8
     if is_interpreting():  # its bfloat16 is wrong; the tiles stay the device's
         formats.update({n: tl.float32 for n in ("DOT", "V_DOT") if formats[n] == tl.bfloat16})
     tiles = tiles_for(kind, target.capability, bits, max(padded, v_padded))

@@ -44,6 +44,15 @@ def _widen(x, FORMAT: tl.constexpr, DOT: tl.constexpr):
 
 
 @triton.jit
+def round_to_bfloat16(x):
+    """float32 numbers as bfloat16 holds them, ties to even: what GPUs do, and what the interpreter,
+    which cuts off, does not."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def _tanh(x):
     """To a few units in the last place, near zero too (Cephes' tanhf)."""
     square = x * x
@@ -52,7 +61,8 @@ def _tanh(x):
     near = (near * square - 3.33332819422e-1) * square * x + x
     size = tl.abs(x)
     # Beyond 10 it is 1; NaN fails both comparisons and takes this branch, which keeps it.
-    far = 1.0 - 2.0 / (tl.exp2(2.0 * LOG2E * tl.where(size > 10.0, 10.0, size)) + 1.0)
+    clipped = tl.where(size > 10.0, 10.0, size)
+    far = 1.0 - 2.0 / (tl.exp2(clipped * (2.0 * LOG2E)) + 1.0)
     return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
 
 
@@ -135,9 +145,8 @@ def attend(
         if SLOPES == "of_distance":
             scores += slope[:, None] * (keys[None, :] - position[:, None]).to(tl.float32)
         if SLOPES == "of_key":  # rounded to bfloat16, factor and product
-            where = keys.to(tl.float32).to(tl.bfloat16).to(tl.float32)
-            product = (slope[:, None] * where[None, :]).to(tl.bfloat16).to(tl.float32)
-            scores += product * LOG2E
+            where = round_to_bfloat16(keys.to(tl.float32))
+            scores += round_to_bfloat16(slope[:, None] * where[None, :]) * LOG2E
         if MASKED:
             sees = (keys[None, :] >= first[:, None]) & (keys[None, :] < end[:, None])
             scores = tl.where(sees, scores, float("-inf"))

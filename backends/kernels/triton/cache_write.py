@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from inlay.backends.kernels.triton.attention_launch import Launch, next_power_of_2
+from inlay.backends.kernels.triton.attention_tile import round_to_bfloat16
 from inlay.backends.kv_caches import LayerCache
 
 _FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
@@ -57,6 +58,8 @@ def _write_vectors(
         tl.store(cache + to_at, _to_e4m3(_clamp(value, 448.0)), mask=mask)
     elif FORMAT == "cast":
         value = _clamp(value.to(tl.float32), LARGEST)
+        if cache.dtype.element_ty == tl.bfloat16:
+            value = round_to_bfloat16(value)
         tl.store(cache + to_at, value.to(cache.dtype.element_ty), mask=mask)
     else:
         tl.store(cache + to_at, value, mask=mask)
