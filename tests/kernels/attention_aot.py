@@ -30,8 +30,8 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers: of each thread; spills: bytes stored and loaded for want of them; shared: bytes
-    of a program; sass: how often each machine instruction occurs."""
+    """registers: of each thread; spills: bytes of its stack, where it keeps what they do not hold;
+    shared: bytes of a program; sass: how often each machine instruction occurs."""
 
     registers: int
     spills: int
@@ -74,7 +74,7 @@ def _type_of(value: Any) -> str:
 
 
 def _read(compiled: Any) -> Compiled:
-    """Registers of the cubin that a driver would load, from its tables; spills from its code."""
+    """From the tables and the code of the cubin that a driver would load."""
     with tempfile.TemporaryDirectory() as directory:
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -86,8 +86,7 @@ def _read(compiled: Any) -> Compiled:
     ):
         sass[name] = sass.get(name, 0) + 1
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    locals_ = sum(n for name, n in sass.items() if name.split(".")[0] in ("LDL", "STL"))
-    return Compiled(registers, stack + locals_, compiled.metadata.shared, sass)
+    return Compiled(registers, stack, compiled.metadata.shared, sass)
 
 
 def _run(tool: str, *arguments: object) -> str:

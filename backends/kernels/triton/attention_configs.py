@@ -34,10 +34,10 @@ _TABLE: tuple[tuple[str, str, int, int, Tiles], ...] = (
     ("prefill", LARGE, 16, 64, Tiles(128, 128, 64, 8, 3)),
     ("prefill", LARGE, 16, 128, Tiles(128, 128, 64, 8, 3)),
     ("prefill", LARGE, 16, 256, Tiles(128, 64, 32, 8, 3)),
-    ("prefill", LARGE, 16, 512, Tiles(64, 32, 16, 8, 3)),
+    ("prefill", LARGE, 16, 512, Tiles(32, 32, 16, 8, 3)),
     ("prefill", LARGE, 8, 128, Tiles(128, 64, 32, 8, 3)),
-    ("prefill", LARGE, 8, 256, Tiles(64, 64, 32, 8, 3)),
-    ("prefill", LARGE, 8, 512, Tiles(64, 32, 16, 8, 3)),
+    ("prefill", LARGE, 8, 256, Tiles(64, 32, 16, 8, 3)),
+    ("prefill", LARGE, 8, 512, Tiles(32, 16, 16, 8, 3)),
     ("prefill", MEDIUM, 16, 64, Tiles(128, 64, 32, 4, 3)),
     ("prefill", MEDIUM, 16, 128, Tiles(128, 64, 32, 8, 3)),
     ("prefill", MEDIUM, 16, 256, Tiles(64, 32, 16, 8, 3)),
@@ -57,7 +57,7 @@ _TABLE: tuple[tuple[str, str, int, int, Tiles], ...] = (
     ("decode", LARGE, 16, 512, Tiles(16, 32, 32, 4, 3)),
     ("decode", LARGE, 8, 128, Tiles(64, 64, 64, 4, 5)),
     ("decode", LARGE, 8, 256, Tiles(32, 64, 64, 4, 3)),
-    ("decode", LARGE, 8, 512, Tiles(16, 32, 32, 4, 3)),
+    ("decode", LARGE, 8, 512, Tiles(16, 16, 16, 4, 3)),
     ("decode", MEDIUM, 16, 128, Tiles(64, 64, 64, 4, 3)),
     ("decode", MEDIUM, 16, 256, Tiles(32, 32, 32, 4, 3)),
     ("decode", MEDIUM, 16, 512, Tiles(16, 16, 16, 4, 3)),
@@ -75,12 +75,11 @@ _TABLE: tuple[tuple[str, str, int, int, Tiles], ...] = (
 # Products in float32 run without tensor cores, from registers: small tiles on every device.
 _FLOAT32: dict[str, tuple[tuple[int, Tiles], ...]] = {
     "prefill": (
-        (64, Tiles(32, 32, 32, 4, 3)),
-        (128, Tiles(16, 32, 32, 4, 3)),
+        (64, Tiles(16, 32, 32, 4, 3)),
         (512, Tiles(16, 16, 16, 4, 1)),
     ),
     "decode": (
-        (128, Tiles(16, 32, 32, 4, 3)),
+        (64, Tiles(16, 32, 32, 4, 3)),
         (512, Tiles(16, 16, 16, 4, 1)),
     ),
 }
