@@ -20,16 +20,16 @@ from inlay.backends.kernels.triton.attention_tile import (
     visible,
 )
 
-_FROM_STEP_TO_STEP = ["num_requests", "stride_table", "window", "chunk"]
+_FROM_STEP_TO_STEP = ["num_requests", "num_splits", "stride_table", "window", "chunk"]
 """Numbers that vary must not make a new kernel each time one is 1 or a multiple of 16."""
 _ANYWHERE = ["table", "seq_lens", "starts"]
 
 
 @triton.jit
-def _split_of(first, end, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _split_of(first, end, num_splits, BLOCK_N: tl.constexpr):
     """Tiles [tile, tiles) that hold the keys [first, end), and how many of them a split takes."""
     tile, tiles = first // BLOCK_N, tl.cdiv(end, BLOCK_N)
-    return tile, tiles, tl.maximum(tl.cdiv(tiles - tile, SPLITS), 1)
+    return tile, tiles, tl.maximum(tl.cdiv(tiles - tile, num_splits), 1)
 
 
 @triton.jit
@@ -58,19 +58,19 @@ def _query_of(row, starts, seq_lens, num_requests, PER_TOKEN: tl.constexpr):
 def decode_kernel(
     q, k_cache, v_cache, k_scales, v_scales, table, seq_lens, starts, sinks, slopes, out, partial,
     partial_log2,
-    num_requests, scale, softcap, window, chunk,
+    num_requests, num_splits, scale, softcap, window, chunk,
     stride_q_token, stride_q_head, stride_table,
     GROUP: tl.constexpr, HEAD: tl.constexpr, V_HEAD: tl.constexpr, PADDED: tl.constexpr,
     V_PADDED: tl.constexpr, NUM_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PER_TOKEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PER_TOKEN: tl.constexpr,
     FORMAT: tl.constexpr, DOT: tl.constexpr, V_DOT: tl.constexpr, NORMALISE: tl.constexpr,
     PRECISION: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     SOFTCAP: tl.constexpr, SLOPES: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """One program: row, KV head (and share of its query heads), split.
 
-    With one split the result goes into out [T, Hq, Dv], else its parts into partial
-    [rows, Hq, SPLITS, Dv] and partial_log2 [rows, Hq, SPLITS].
+    The result goes into out [T, Hq, Dv] or, with SPLIT, its parts into partial
+    [rows, Hq, num_splits, Dv] and partial_log2 [rows, Hq, num_splits].
     """
     row, split = tl.program_id(0), tl.program_id(2)
     head_tiles: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
@@ -80,13 +80,13 @@ def decode_kernel(
     head = kv_head * GROUP + in_group
     token, request, position, length = _query_of(row, starts, seq_lens, num_requests, PER_TOKEN)
     if (request < 0) | (request >= num_requests):
-        if PER_TOKEN and SPLITS == 1:  # padding
+        if PER_TOKEN and not SPLIT:  # padding
             zero = tl.zeros([BLOCK_M, V_PADDED], tl.float32)
             store_rows(out, zero, token, head, is_row, NUM_HEADS, V_HEAD, V_PADDED)
         return
 
     first, end = visible(position, length, window, chunk, CAUSAL, WINDOW, CHUNK)
-    tile, tiles, per_split = _split_of(first, end, SPLITS, BLOCK_N)
+    tile, tiles, per_split = _split_of(first, end, num_splits, BLOCK_N)
     begin = tile + split * per_split
     if begin >= tiles:
         return
@@ -110,25 +110,27 @@ def decode_kernel(
             first, end, NUM_HEADS // GROUP, HEAD, V_HEAD, PADDED, V_PADDED, BLOCK_SIZE, BLOCK_N,
             FORMAT, DOT, V_DOT, PRECISION, SOFTCAP, SLOPES, True,
         )  # fmt: skip
-    if SPLITS == 1:
+    if not SPLIT:
         total, row_sum = add_sink(total, row_max, row_sum, sinks, head, is_row, SINKS)
     total = total / row_sum[:, None]
     if FORMAT == "fp8" or FORMAT == "fp8_bits":
         total = total * tl.load(v_scales)
-    if SPLITS == 1:
+    if not SPLIT:
         store_rows(out, total, token, head, is_row, NUM_HEADS, V_HEAD, V_PADDED)
     else:
-        at = (row.to(tl.int64) * NUM_HEADS + head) * SPLITS + split
+        at = (row.to(tl.int64) * NUM_HEADS + head) * num_splits + split
         tl.store(partial_log2 + at, row_max + tl.log2(row_sum), mask=is_row)
-        store_rows(partial, total, row * NUM_HEADS + head, split, is_row, SPLITS, V_HEAD, V_PADDED)
+        store_rows(
+            partial, total, row * NUM_HEADS + head, split, is_row, num_splits, V_HEAD, V_PADDED
+        )
 
 
 @triton.jit(do_not_specialize=_FROM_STEP_TO_STEP, do_not_specialize_on_alignment=_ANYWHERE)
 def combine_kernel(
     partial, partial_log2, seq_lens, starts, sinks, out,
-    num_requests, window, chunk,
+    num_requests, num_splits, window, chunk,
     V_HEAD: tl.constexpr, V_PADDED: tl.constexpr, NUM_HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, AT_ONCE: tl.constexpr, PER_TOKEN: tl.constexpr, CAUSAL: tl.constexpr,
+    AT_ONCE: tl.constexpr, PER_TOKEN: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """One program: row, query head."""
@@ -142,9 +144,9 @@ def combine_kernel(
             tl.store(to_out, tl.zeros([V_PADDED], out.dtype.element_ty), mask=stored)
         return
     first, end = visible(position, length, window, chunk, CAUSAL, WINDOW, CHUNK)
-    tile, tiles, per_split = _split_of(first, end, SPLITS, BLOCK_N)
+    tile, tiles, per_split = _split_of(first, end, num_splits, BLOCK_N)
     used = tl.cdiv(tiles - tile, per_split)
-    rows = (row.to(tl.int64) * NUM_HEADS + head) * SPLITS
+    rows = (row.to(tl.int64) * NUM_HEADS + head) * num_splits
     largest = float("-inf")
     weight_sum = 0.0
     if SINKS:

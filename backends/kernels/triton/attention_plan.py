@@ -26,7 +26,6 @@ from inlay.backends.program import AttentionStep
 PROGRAMS_PER_SM = 8
 """Decode programs to aim for: two or three run at once, so a few rounds even out lengths."""
 MAX_SPLITS = 128
-_SPLITS_AT_ONCE = 16
 _NO_LIMIT = 1 << 30
 """A window or chunk beyond every position, whose sum with one still is an int32."""
 
@@ -90,29 +89,24 @@ def _plan_decode(
         partial_log2 = out.new_empty(*shape, dtype=torch.float32)
     args = {
         **shared, "partial": partial, "partial_log2": partial_log2, "BLOCK_M": block_m,
-        "SPLITS": splits, "PER_TOKEN": per_token,
+        "num_splits": splits, "SPLIT": splits > 1, "PER_TOKEN": per_token, "AT_ONCE": 16,
     }  # fmt: skip
     grid = rows, programs // rows, splits
     decode = Launch(decode_kernel, grid, args, tiles.num_warps, tiles.num_stages)
     if splits == 1:
         return [decode]
-    combined = {
-        name: value
-        for name, value in {**args, "AT_ONCE": min(splits, _SPLITS_AT_ONCE)}.items()
-        if name in combine_kernel.arg_names
-    }
-    return [decode, Launch(combine_kernel, (rows, step.num_heads), combined, 4, 1)]
+    return [decode, Launch(combine_kernel, (rows, step.num_heads), args, 4, 1)]
 
 
 def _num_splits(programs: int, batch: Batch, block_n: int, target: Target) -> int:
-    """A power of two, so that few kernels are compiled: enough programs for the device, but not
-    more than there are tiles in the longest request that the table's width allows."""
+    """Enough programs for the device, but not more than there are tiles in the longest request that
+    the table's width allows."""
     longest = batch.block_table.shape[1] * batch.cache.k.shape[2]
     for limit in (batch.step.window, batch.step.chunk):
         longest = min(longest, limit + block_n) if limit > 0 else longest
     wanted = triton.cdiv(target.num_sms * PROGRAMS_PER_SM, max(programs, 1))
     most = min(triton.cdiv(longest, block_n), MAX_SPLITS)
-    return next_power_of_2(max(min(wanted, most), 1))
+    return max(min(wanted, most), 1)
 
 
 def _plan_prefill(batch: Batch, out: Tensor, target: Target) -> Launch:

@@ -234,12 +234,11 @@ def add_sink(total, row_max, row_sum, sinks, head, is_row, SINKS: tl.constexpr):
 
 @triton.jit
 def store_rows(
-    out, total, rows, column, is_row,
-    COLUMNS: tl.constexpr, V_HEAD: tl.constexpr, V_PADDED: tl.constexpr,
+    out, total, rows, column, is_row, num_columns, V_HEAD: tl.constexpr, V_PADDED: tl.constexpr
 ):  # fmt: skip
-    """total [M, V_PADDED] into out [rows, COLUMNS, V_HEAD]."""
+    """total [M, V_PADDED] into out [rows, num_columns, V_HEAD]."""
     dims = tl.arange(0, V_PADDED)
-    at = (rows.to(tl.int64) * COLUMNS + column)[:, None] * V_HEAD + dims[None, :]
+    at = (rows.to(tl.int64) * num_columns + column)[:, None] * V_HEAD + dims[None, :]
     mask = is_row[:, None] & (dims < V_HEAD)[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 

@@ -50,8 +50,10 @@ class TritonAttention:
         reason = unsupported(step, q.dtype, cache.k.dtype, self._target)
         if reason is not None:
             self._say(f"layer {step.layer}: attention as plain tensor operations, slow: {reason}")
-            batch = slot_mapping, block_table, seq_lens, query_start_loc
-            return self._gathered(step, q, k, v, cache, *batch, sinks, slopes)
+            return self._gathered(
+                step, q, k, v, cache, slot_mapping, block_table, seq_lens, query_start_loc, sinks,
+                slopes,
+            )  # fmt: skip
         out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype, device=q.device)
         if q.shape[0] == 0:
             return out
