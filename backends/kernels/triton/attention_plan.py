@@ -66,6 +66,7 @@ def plan_attention(batch: Batch, out: Tensor, target: Target) -> list[Launch]:
     it is. Else the prefill kernel serves requests of several tokens and padding, and the decode
     kernel those of one.
     """
+    assert batch.cache.k.is_contiguous(), "rows of a cache are numbered as if it were dense"
     num_tokens, num_requests = batch.q.shape[0], batch.seq_lens.shape[0]
     per_token = num_tokens <= max(num_requests, 2)  # a lone request's token has one of padding
     rows = num_tokens if per_token else num_requests
