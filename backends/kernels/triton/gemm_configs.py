@@ -1,0 +1,83 @@
+"""Tiles of the matrix product: looked up by device and shape, never searched for while serving.
+
+TUNED holds what was measured, by the device's name; nothing has been yet. What it lacks takes
+DEFAULT, chosen by arithmetic: enough bytes under way for the memory's latency (32 KiB a
+multiprocessor on an H200), tiles that fit registers and shared memory on sm_80 and up.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """split_k: parts of K's sum; 0: as many as fill the device, see `split`."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split_k: int = 0
+
+
+ROWS = (16, 32, 64, 128)
+"""Buckets of M; the last also serves all above it."""
+
+Key = tuple[str, int, int, int]
+TUNED: dict[str, dict[Key, Tile]] = {}
+"""Device name -> (kind, N, K, bucket of M) -> tile."""
+
+DEFAULT: dict[str, tuple[Tile, ...]] = {
+    # bfloat16 and float16, times themselves (experts) or what is widened to them
+    "wide": (
+        Tile(16, 64, 128, 4, 4),
+        Tile(32, 64, 128, 4, 4),
+        Tile(64, 64, 64, 4, 4),
+        Tile(128, 128, 64, 8, 3),
+    ),
+    # int8 times int8, e4m3 times e4m3
+    "narrow": (
+        Tile(16, 64, 128, 4, 5),
+        Tile(32, 64, 128, 4, 5),
+        Tile(64, 128, 128, 4, 3),
+        Tile(128, 128, 128, 8, 3),
+    ),
+    # e4m3 activations where a GPU cannot multiply them
+    "bits": (
+        Tile(16, 64, 128, 4, 3),
+        Tile(32, 64, 128, 4, 3),
+        Tile(64, 64, 64, 4, 3),
+        Tile(128, 64, 64, 4, 3),
+    ),
+    # float32, which has no tensor cores here: small tiles of plain multiplications
+    "float32": (
+        Tile(16, 32, 32, 4, 2),
+        Tile(32, 32, 32, 4, 2),
+        Tile(32, 32, 32, 4, 2),
+        Tile(32, 32, 32, 4, 2),
+    ),
+}
+
+
+def bucket(rows: int) -> int:
+    """The row of a table that serves so many rows of x."""
+    return next((place for place, most in enumerate(ROWS) if rows <= most), len(ROWS) - 1)
+
+
+def find_tile(kind: str, device: str, rows: int, columns: int, depth: int) -> Tile:
+    """kind: of DEFAULT. rows, columns, depth: M, N, K."""
+    place = bucket(rows)
+    tuned = TUNED.get(device, {})
+    return tuned.get((kind, columns, depth, ROWS[place]), DEFAULT[kind][place])
+
+
+def split(tile: Tile, tiles: int, depth: int, num_sms: int) -> int:
+    """How many parts K's sum has: two programs for each multiprocessor, of four turns at least.
+
+    A power of two, so that few variants are compiled.
+    """
+    if tile.split_k:
+        return tile.split_k
+    wanted = min(2 * num_sms // max(tiles, 1), depth // (4 * tile.block_k), 16)
+    return 1 << (max(wanted, 1).bit_length() - 1)
