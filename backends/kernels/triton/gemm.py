@@ -53,12 +53,23 @@ def _spread(values, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.conste
 
 @triton.jit
 def _dot(x, w, total, SWAP: tl.constexpr, UPCAST: tl.constexpr):
-    """total + x w^T, [rows, columns], or transposed where SWAP."""
+    """total + x w^T, [rows, columns], or transposed where SWAP.
+
+    Hopper's sums of e4m3 products have about 14 bits: after 128 of them they go to float32.
+    """
     if UPCAST:  # the interpreter's products of bfloat16 and e4m3 are wrong
         x, w = x.to(tl.float32), w.to(tl.float32)
+    IMPRECISE: tl.constexpr = 128 if x.dtype == tl.float8e4nv else None
     if SWAP:
-        return tl.dot(w, tl.trans(x), total, input_precision="ieee", out_dtype=total.dtype)
-    return tl.dot(x, tl.trans(w), total, input_precision="ieee", out_dtype=total.dtype)
+        x, w = w, x
+    return tl.dot(
+        x,
+        tl.trans(w),
+        total,
+        input_precision="ieee",
+        max_num_imprecise_acc=IMPRECISE,
+        out_dtype=total.dtype,
+    )
 
 
 @triton.jit
@@ -179,18 +190,18 @@ def gemm_kernel(
     for block in range(part * per_part, tl.minimum(blocks, (part + 1) * per_part)):
         start = block * BLOCK_K
         if EVEN_K:
-            a = tl.load(x_at + start, mask=is_row[:, None], other=0)
+            a = tl.load(x_at + start, mask=is_row[:, None], other=0.0)
             b = tl.load(
                 w_at + (start // PACKED).to(tl.int64) * stride_wk,
                 mask=is_column[:, None],
-                other=0,
+                other=0.0,
             )
         else:
-            a = tl.load(x_at + start, mask=is_row[:, None] & (start + k < K)[None, :], other=0)
+            a = tl.load(x_at + start, mask=is_row[:, None] & (start + k < K)[None, :], other=0.0)
             b = tl.load(
                 w_at + (start // PACKED).to(tl.int64) * stride_wk,
                 mask=is_column[:, None] & (start // PACKED + byte < K // PACKED)[None, :],
-                other=0,
+                other=0.0,
             )
         if GROUP > 0:
             groups = start // GROUP + tl.arange(0, PARTS)

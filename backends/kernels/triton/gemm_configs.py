@@ -47,8 +47,8 @@ DEFAULT: dict[str, tuple[Tile, ...]] = {
     "bits": (
         Tile(16, 64, 128, 4, 3),
         Tile(32, 64, 128, 4, 3),
-        Tile(64, 64, 64, 4, 3),
-        Tile(128, 64, 64, 4, 3),
+        Tile(64, 64, 64, 8, 2),
+        Tile(128, 64, 64, 8, 2),
     ),
     # float32, which has no tensor cores here: small tiles of plain multiplications
     "float32": (

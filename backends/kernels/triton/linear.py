@@ -131,5 +131,3 @@ def as_rows(x: Tensor) -> Tensor:
 def _run(product: Product) -> Tensor:
     device = product.x.device
     return run(product, target_of(device), device_name(device))
-
-
