@@ -6,8 +6,9 @@ Parameters live in tensors by slot (a running request's place), and the chosen t
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +64,17 @@ class Draws:
     groups: tuple[DrawGroup, ...]
 
 
+def _find_op(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """One call for all rows: on a CPU where a backend has brought it along, on CUDA with Triton."""
+    if device.type == "cpu":
+        return getattr(torch.ops.inlay_cpu, "draw_tokens", None)
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        from inlay.backends.kernels.triton.sampling import draw_tokens
+
+        return draw_tokens
+    return None
+
+
 class Sampler:
     """The sampling state of all slots.
 
@@ -82,9 +94,7 @@ class Sampler:
         self._has_top_k = np.zeros(max_num_seqs, dtype=bool)
         self._has_min_p = np.zeros(max_num_seqs, dtype=bool)
         self._is_typical = np.zeros(max_num_seqs, dtype=bool)
-        # One call for all rows, where a backend has brought it along.
-        on_cpu = device.type == "cpu"
-        self._op = getattr(torch.ops.inlay_cpu, "draw_tokens", None) if on_cpu else None
+        self._op = _find_op(device)
 
     def set_slot(self, slot: int, params: SamplingParams, seed: int) -> None:
         """Take over a new request's parameters; seed is any integer of 64 bits."""

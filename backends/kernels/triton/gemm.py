@@ -86,7 +86,16 @@ def _expert_tile(offsets, num_experts, tile, BLOCK_M: tl.constexpr, EXPERTS: tl.
     return expert, first, last
 
 
-@triton.jit(do_not_specialize=["num_rows", "tiles_m"])
+# What differs between steps must not ask for other code.
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "tiles_m",
+        "stride_scale_row",
+        "stride_scale_group",
+        "stride_zero",
+    ]
+)
 def gemm_kernel(
     x,
     w,

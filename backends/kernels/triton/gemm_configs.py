@@ -21,12 +21,13 @@ class Tile(NamedTuple):
     split_k: int = 0
 
 
-ROWS = (16, 32, 64, 128)
-"""Buckets of M; the last also serves all above it."""
+ROWS = (16, 32, 64, 128, 256, 512)
+"""Buckets of M. All sizes in one run the same code, in as many parts, and so do all above the last:
+one product of each bucket, and one beyond, warm a weight's shape up."""
 
 Key = tuple[str, int, int, int]
 TUNED: dict[str, dict[Key, Tile]] = {}
-"""Device name -> (kind, N, K, bucket of M) -> tile."""
+"""Device name -> (kind, N, K, bucket of M as `bucket` has it) -> tile."""
 
 DEFAULT: dict[str, tuple[Tile, ...]] = {
     # bfloat16 and float16, times themselves (experts) or what is widened to them
@@ -61,23 +62,24 @@ DEFAULT: dict[str, tuple[Tile, ...]] = {
 
 
 def bucket(rows: int) -> int:
-    """The row of a table that serves so many rows of x."""
-    return next((place for place, most in enumerate(ROWS) if rows <= most), len(ROWS) - 1)
+    """The bucket that so many rows of x are in: an index into ROWS, or one beyond."""
+    return next((place for place, most in enumerate(ROWS) if rows <= most), len(ROWS))
 
 
 def find_tile(kind: str, device: str, rows: int, columns: int, depth: int) -> Tile:
     """kind: of DEFAULT. rows, columns, depth: M, N, K."""
     place = bucket(rows)
-    tuned = TUNED.get(device, {})
-    return tuned.get((kind, columns, depth, ROWS[place]), DEFAULT[kind][place])
+    default = DEFAULT[kind][min(place, len(DEFAULT[kind]) - 1)]
+    return TUNED.get(device, {}).get((kind, columns, depth, place), default)
 
 
-def split(tile: Tile, tiles: int, depth: int, num_sms: int) -> int:
-    """How many parts K's sum has: two programs for each multiprocessor, of four turns at least.
-
-    A power of two, so that few variants are compiled.
-    """
+def split(tile: Tile, rows: int, columns: int, depth: int, num_sms: int) -> int:
+    """How many parts K's sum has: two programs for each multiprocessor, of four turns at least."""
+    place = bucket(rows)
+    if place == len(ROWS):
+        return 1
     if tile.split_k:
         return tile.split_k
-    wanted = min(2 * num_sms // max(tiles, 1), depth // (4 * tile.block_k), 16)
+    tiles = -(-ROWS[place] // tile.block_m) * -(-columns // tile.block_n)
+    wanted = min(2 * num_sms // tiles, depth // (4 * tile.block_k), 16)
     return 1 << (max(wanted, 1).bit_length() - 1)

@@ -89,7 +89,7 @@ def plan(product: Product, target: Target, device_name: str = "") -> Launch:
     block_k, scale = _scaling(product, tile.block_k, group)
     tiles_m = -(-rows // tile.block_m) + min(num_experts, rows)
     tiles = tiles_m * -(-columns // tile.block_n)
-    parts = 1 if routing is not None else split(tile, tiles, depth, target.num_sms)
+    parts = 1 if routing is not None else split(tile, rows, columns, depth, target.num_sms)
     partials = counters = out
     if parts > 1:
         area = tiles * parts * tile.block_m * tile.block_n
@@ -120,7 +120,7 @@ def plan(product: Product, target: Target, device_name: str = "") -> Launch:
             "num_groups": product.num_groups,
             "N": columns,
             "K": depth,
-            "stride_x": x.stride(0),
+            "stride_x": x.stride(0) if len(x) > 1 else depth,
             "stride_we": 0 if routing is None else weight.stride(0),
             "stride_wn": weight.stride(-2),
             "stride_wk": weight.stride(-1),

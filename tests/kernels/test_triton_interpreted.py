@@ -1,0 +1,29 @@
+"""Runs the files interpreted_*.py, each in a process in which Triton interprets its kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("name", ["products", "experts", "sampling"])
+def test_in_the_interpreter(name: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "--durations=5"]
+    done = subprocess.run(
+        [*command, str(HERE / f"interpreted_{name}.py")],
+        cwd=HERE.parent.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
