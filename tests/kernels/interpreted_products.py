@@ -38,7 +38,7 @@ def test_int8_is_exact(rows: int, shape: tuple[int, int], asymmetric: bool) -> N
     rest = weight, w_scale, bias, torch.float32
     out = linear.int8_linear(between_nan(q), x_scale, zero, *rest)
     assert torch.equal(out, reference.int8_linear(q, x_scale, zero, *rest))
-    assert not torch.equal(out, reference.int8_linear(q, x_scale, zero, -weight, *rest[1:]))
+    assert not torch.equal(out, reference.int8_linear(q, x_scale, zero, weight ^ 1, *rest[1:]))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 12])
