@@ -44,7 +44,7 @@ def test_int8_is_exact(rows: int, shape: tuple[int, int], asymmetric: bool) -> N
 @pytest.mark.parametrize("groups", [1, 2, 12])
 @pytest.mark.parametrize("rows", ROWS)
 def test_fp8(rows: int, groups: int) -> None:
-    """One scale for a row, and one for each 128 inputs of it (DeepSeek's), and what lies between."""
+    """One scale for a row, one for each 128 inputs of it (DeepSeek's), and between."""
     columns, depth = 35, 1536 if groups == 12 else 192
     q, x_scale = reference.quantize_fp8(torch.randn(rows, depth), depth // groups)
     scheme = Scheme("fp8", group_size=0 if groups == 1 else depth // groups)

@@ -42,7 +42,9 @@ def sort(num_pairs: int, block: int) -> Launch:
     index = torch.empty(num_pairs, dtype=torch.int64)
     order = torch.empty(num_pairs, dtype=torch.int32)
     sizes = {"num_pairs": num_pairs, "num_experts": 6, "BLOCK": block}
-    return Launch(sort_kernel, (6,), {"index": index, "order": order, "offsets": order} | sizes, 4, 2)
+    return Launch(
+        sort_kernel, (6,), {"index": index, "order": order, "offsets": order} | sizes, 4, 2
+    )
 
 
 def test_a_compilation_is_seen_once() -> None:

@@ -9,6 +9,8 @@ have the rounding of the reference: to x's dtype before biases are added, the re
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,127 +28,57 @@ from inlay.backends.kernels.triton.moe import (
 from inlay.backends.kernels.triton.products import FP8, Product, Routing, plan
 from inlay.passes import experts_op, quantized_ops
 
+Weight = tuple[Tensor, Tensor | None, Tensor | None]
+"""Numbers [E, N, K], scales and zeros [E, G, N]."""
 NARROW = {"int8": torch.int8, "fp8": FP8}
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def experts(
-    x: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    activation: str = "silu",
-    gated: bool = True,
-    interleaved: bool = False,
-    transposed: bool = False,
-    alpha: float = 1.0,
-    gate_limit: float = 0.0,
-    up_limit: float = 0.0,
-    limit_activated: bool = False,
-    up_offset: float = 0.0,
-    gate_softcap: float = 0.0,
-    up_softcap: float = 0.0,
-    norm_eps: float = 0.0,
-) -> Tensor:
-    options = {
-        "activation": activation,
-        "gated": gated,
-        "interleaved": interleaved,
-        "alpha": alpha,
-        "gate_limit": gate_limit,
-        "up_limit": up_limit,
-        "limit_activated": limit_activated,
-        "up_offset": up_offset,
-        "gate_softcap": gate_softcap,
-        "up_softcap": up_softcap,
-        "norm_eps": norm_eps,
-    }
-    extras = up_bias, down_bias, norm_weight
-    if x.dtype == torch.float64:
-        return experts_op.experts(
-            x, top_k_index, top_k_weights, up, down, *extras, transposed=transposed, **options
-        )
-    if transposed:
+def experts(*args: Any, **kwargs: Any) -> Tensor:
+    """Arguments as those of the op's reference."""
+    given = _bind(experts_op.experts, args, kwargs)
+    if given["x"].dtype == torch.float64:
+        return experts_op.experts(*args, **kwargs)
+    up, down = given["up"], given["down"]
+    if given["transposed"]:
         up, down = up.mT, down.mT
-    weights = (up, None, None), (down, None, None)
-    return _mixture(x, top_k_index, top_k_weights, weights, "none", extras, options)
+    return _mixture(given, ((up, None, None), (down, None, None)), "none")
 
 
-def quantized_experts(
-    x: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    up: Tensor,
-    up_scale: Tensor,
-    up_zero: Tensor | None,
-    down: Tensor,
-    down_scale: Tensor,
-    down_zero: Tensor | None,
-    activations: str,
-    up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    activation: str = "silu",
-    gated: bool = True,
-    interleaved: bool = False,
-    alpha: float = 1.0,
-    gate_limit: float = 0.0,
-    up_limit: float = 0.0,
-    limit_activated: bool = False,
-    up_offset: float = 0.0,
-    gate_softcap: float = 0.0,
-    up_softcap: float = 0.0,
-    norm_eps: float = 0.0,
-) -> Tensor:
-    options = {
-        "activation": activation,
-        "gated": gated,
-        "interleaved": interleaved,
-        "alpha": alpha,
-        "gate_limit": gate_limit,
-        "up_limit": up_limit,
-        "limit_activated": limit_activated,
-        "up_offset": up_offset,
-        "gate_softcap": gate_softcap,
-        "up_softcap": up_softcap,
-        "norm_eps": norm_eps,
-    }
-    extras = up_bias, down_bias, norm_weight
-    weights = (up, up_scale, up_zero), (down, down_scale, down_zero)
-    depths = x.shape[1], down.shape[2] * (2 if down.dtype == torch.uint8 else 1)
-    scales = up_scale, down_scale
-    served = [
-        are_groups_served(depth, scale.shape[1])
-        for depth, scale in zip(depths, scales, strict=True)
-    ]
-    if x.dtype == torch.float64 or not all(served):
-        return quantized_ops.quantized_experts(
-            x, top_k_index, top_k_weights, *weights[0], *weights[1], activations, *extras, **options
+def quantized_experts(*args: Any, **kwargs: Any) -> Tensor:
+    """Arguments as those of the op's reference."""
+    given = _bind(quantized_ops.quantized_experts, args, kwargs)
+    up, down = (
+        (given[name], given[f"{name}_scale"], given[f"{name}_zero"]) for name in ("up", "down")
+    )
+    served = all(
+        are_groups_served(
+            weight.shape[2] * (2 if weight.dtype == torch.uint8 else 1), len(scale[0])
         )
-    return _mixture(x, top_k_index, top_k_weights, weights, activations, extras, options)
+        for weight, scale, _ in (up, down)
+    )
+    if given["x"].dtype == torch.float64 or not served:
+        return quantized_ops.quantized_experts(*args, **kwargs)
+    return _mixture(given, (up, down), given["activations"])
 
 
-def _mixture(
-    x: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    weights: tuple[tuple[Tensor, Tensor | None, Tensor | None], ...],
-    activations: str,
-    extras: tuple[Tensor | None, ...],
-    options: dict[str, Any],
-) -> Tensor:
+def _bind(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _mixture(given: dict[str, Any], weights: tuple[Weight, Weight], activations: str) -> Tensor:
+    x = given["x"]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    given = x, top_k_index.contiguous(), top_k_weights.contiguous()
-    device = x.device
-    for launch in plan_mixture(
-        *given, weights, activations, extras, options, out, target_of(device), device_name(device)
-    ):
+    if given["top_k_index"].shape[1] == 0:
+        return out.zero_()
+    routed = x, given["top_k_index"].contiguous(), given["top_k_weights"].contiguous()
+    extras = given["up_bias"], given["down_bias"], given["norm_weight"]
+    target, name = target_of(x.device), device_name(x.device)
+    for launch in plan_mixture(*routed, weights, activations, extras, given, out, target, name):
         launch.run()
     return out
 
@@ -155,7 +87,7 @@ def plan_mixture(
     x: Tensor,
     index: Tensor,
     token_weights: Tensor,
-    weights: tuple[tuple[Tensor, Tensor | None, Tensor | None], ...],
+    weights: tuple[Weight, Weight],
     activations: str,
     extras: tuple[Tensor | None, ...],
     options: dict[str, Any],

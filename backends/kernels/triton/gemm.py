@@ -35,10 +35,7 @@ def _widen_e4m3(bits):
 @triton.jit
 def _widen(raw, zero, scale, WEIGHT: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr):
     """Stored numbers as DTYPE: less their zero points, and scaled where a tile spans groups."""
-    if WEIGHT == "fp8":
-        wide = _widen_e4m3(raw).to(DTYPE)
-    else:
-        wide = raw.to(DTYPE) - zero
+    wide = _widen_e4m3(raw).to(DTYPE) if WEIGHT == "fp8" else raw.to(DTYPE) - zero
     if SCALED:
         wide = (wide.to(tl.float32) * scale).to(DTYPE)
     return wide

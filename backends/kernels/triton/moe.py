@@ -46,11 +46,7 @@ def sort_kernel(index, order, offsets, num_pairs, num_experts, BLOCK: tl.constex
 @triton.jit
 def _tanh(x):
     """libdevice's; the interpreter has none, and this loses digits near 0 only."""
-    if INTERPRETED:
-        value = 2 * tl.sigmoid(2 * x) - 1
-    else:
-        value = libdevice.tanh(x)
-    return value
+    return 2 * tl.sigmoid(2 * x) - 1 if INTERPRETED else libdevice.tanh(x)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 """Draw tokens on a GPU: `draw_row` of `runtime/draws.py` for each row, without typical_p.
 
 Gumbel-max with the counter-based noise of `runtime/noise.py`: the token with the largest
@@ -120,7 +120,7 @@ def draw_kernel(
     vocab,
     BLOCK: tl.constexpr,
 ):
-    """One row: logits [N, V] -> tokens int64 [N], peaks float32 [N]; the rest as `Sampler` has it."""
+    """One row: logits [N, V] -> tokens int64 [N], peaks float32 [N]; the rest as in `Sampler`."""
     place = tl.program_id(0)
     row = logits + place.to(tl.int64) * stride
     slot = tl.load(slots + place)
@@ -177,9 +177,7 @@ def draw_kernel(
             chosen = is_first & (best_at == winner)
             bound = tl.max(tl.where(chosen, best_scaled, float("-inf")), 0)
             if top_p < 1:
-                likelier = _mass(
-                    row, vocab, bound, last_code, peak, temperature, log_min_p, BLOCK
-                )
+                likelier = _mass(row, vocab, bound, last_code, peak, temperature, log_min_p, BLOCK)
                 searching = (likelier >= allowed) & (bound < 0)
             else:
                 searching = False
