@@ -27,6 +27,9 @@ SCALED_MM_ROWS = 64
 """More rows than these go to `torch._scaled_mm`. By its tiles, not measured: of 64 or more rows and
 all of K, they leave most of a GPU idle where there are few."""
 
+SCALED_MM_CAPABILITIES = (89, 90, 100, 103)
+"""Where torch 2.11 has its product with a scale for each row and column."""
+
 
 @functools.cache
 def device_name(device: torch.device) -> str:
@@ -104,7 +107,7 @@ def serves_scaled_mm(
     columns, depth = weight.shape
     return (
         len(rows) > SCALED_MM_ROWS
-        and target.capability >= 89
+        and target.capability in SCALED_MM_CAPABILITIES
         and w_scale.shape[0] == 1
         and dtype == torch.bfloat16
         and (bias is None or bias.dtype == torch.bfloat16)
