@@ -1,7 +1,8 @@
 """Prints which Triton kernels Inductor makes of our pointwise ops for an H200 that is not here.
 
 Run as a script, since it makes the process believe that it has a GPU: one JSON line,
-{name: [number of kernels, number of launches]}, for the given setting of split_reductions (0, 1).
+{name: [number of kernels, number of launches]}, for the given setting of split_reductions (0, 1)
+and the names that follow it (none: all).
 A graph is exported on the CPU, its tensors are replaced by fake CUDA ones, and compilation stops
 once the code is written.
 """
@@ -69,8 +70,8 @@ class Pretended(device_interface.DeviceInterface):
     memory_allocated = staticmethod(lambda device=None: 0)
 
 
-class Written(Exception):  # noqa: N818
-    """Ends a compilation: here is the code."""
+class Written(BaseException):
+    """Ends a compilation: here is the code. Inductor would wrap an Exception."""
 
 
 class OnCuda(torch.fx.Interpreter):
@@ -198,7 +199,10 @@ def cases() -> dict[str, tuple[Any, ...]]:
 if __name__ == "__main__":
     pretend()
     found = {}
+    wanted = sys.argv[2:] or cases()
     for name, (function, *arguments) in cases().items():
+        if name not in wanted:
+            continue
         code = generate(function, *arguments)
         found[name] = [code.count("@triton.jit"), len(re.findall(r"\.run\(", code))]
     print(json.dumps(found))

@@ -85,10 +85,24 @@ SCHEMES = [
 ]
 
 
+SLOW = pytest.mark.slow
+DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.float16, marks=SLOW)]
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weight_only(scheme: Scheme, dtype: torch.dtype) -> None:
-    columns, depth = 40, 384
+    check_weight_only(scheme, dtype, 384)
+
+
+@pytest.mark.parametrize("scheme", [SCHEMES[1], SCHEMES[6]], ids=str)
+def test_weight_only_in_float16(scheme: Scheme) -> None:
+    """The same in few: a tile that spans groups, as int8 and int4."""
+    check_weight_only(scheme, torch.float16, 128)
+
+
+def check_weight_only(scheme: Scheme, dtype: torch.dtype, depth: int) -> None:
+    columns = 40
     weight, scale, zero = quantize_weight(torch.randn(columns, depth) / depth**0.5, scheme)
     bias = torch.randn(columns).to(dtype)
     for rows in ROWS:
@@ -102,7 +116,8 @@ def test_weight_only(scheme: Scheme, dtype: torch.dtype) -> None:
         off = off + (8 if weight.dtype == torch.uint8 and zero is None else 0)
         if weight.dtype != FP8:
             twin = reference.dequantize(weight, scale, off + 1).double()
-            assert relative_rms(expected, x.double() @ twin.t() + bias) > 10 * TOLERANCE[dtype]
+            # One step of a weight's 127 is 0.8 % of the largest, about 0.3 % of the result.
+            assert relative_rms(expected, x.double() @ twin.t() + bias) > 5 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("depth", [34, 45, 100])

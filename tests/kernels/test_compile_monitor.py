@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,16 +20,14 @@ from inlay.backends.kernels.triton.products import Product, plan  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def pretended_gpu() -> Iterator[None]:
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton compiles for an H200 that cannot launch anything."""
     driver: Any = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
         get_current_device=lambda: 0,
         get_current_stream=lambda device=0: 0,
     )
-    triton.runtime.driver.set_active(driver)
-    yield
-    triton.runtime.driver.reset_active()
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
 
 
 def warm_up(launch: Launch) -> None:

@@ -15,30 +15,39 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent / "inductor_without_gpu.py"
 
 
-def count_kernels(split_reductions: bool) -> dict[str, list[int]]:
+ONCE = [1, 1]
+"""Kernels, launches."""
+
+
+def count_kernels(split_reductions: bool, *names: str) -> dict[str, list[int]]:
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(int(split_reductions))],
+        [sys.executable, str(SCRIPT), str(int(split_reductions)), *names],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "TRITON_INTERPRET": "0"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, list[int]] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def test_each_is_one_kernel() -> None:
-    """Norms with residual and quantizer, gates with quantizer, rope, the quantized embedding."""
+    names = ("add_norm_fp8", "gated_fp8", "rope", "embedding")
+    assert count_kernels(False, *names) == dict.fromkeys(names, ONCE)
+
+
+@pytest.mark.slow
+def test_all_are_one_kernel() -> None:
+    """But groups of a row after a norm of the whole row, which fine-grained FP8 alone has."""
     found = count_kernels(split_reductions=False)
     assert len(found) == 13
-    assert {name: counts for name, counts in found.items() if counts != [1, 1]} == {}
+    more = {name: counts for name, counts in found.items() if counts != ONCE}
+    assert more == {"add_norm_fp8_groups": [2, 2]}
 
 
 @pytest.mark.slow
 def test_wide_rows_take_three_with_inductors_default() -> None:
     """Why CUDA segments need split_reductions=False: 14,336 columns are reduced in two steps."""
-    found = count_kernels(split_reductions=True)
-    assert {name for name, counts in found.items() if counts != [1, 1]} == {
-        "gated_int8",
-        "gated_fp8",
-    }
+    found = count_kernels(True, "gated_int8", "gated_fp8", "add_norm_fp8")
+    assert found == {"gated_int8": [3, 3], "gated_fp8": [3, 3], "add_norm_fp8": ONCE}

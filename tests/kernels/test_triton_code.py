@@ -171,8 +171,8 @@ def test_sampling(dtype: torch.dtype, capability: int) -> None:
 
 
 def test_spilling_code_is_seen() -> None:
-    """A tile far too large for its registers."""
-    launch = product("w4_group128_zero", 1000, 80)
-    large = Launch(launch.kernel, launch.grid, {**launch.args, "BLOCK_M": 256}, 4, 2)
+    """A tile too large for the registers of 4 warps."""
+    launch = product("w8", 1000, 80)
+    large = Launch(launch.kernel, launch.grid, launch.args, 2, 2)
     with pytest.raises(AssertionError, match="spilled"):
         check_code(compile_launch(large, 80), 80)

@@ -14,9 +14,22 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["products", "experts", "sampling"])
+FILES = ("products", "experts", "sampling")
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_in_the_interpreter(name: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "--durations=5"]
+    run(name, "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_the_rest_in_the_interpreter(name: str) -> None:
+    run(name, "slow")
+
+
+def run(name: str, which: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "--durations=5", "-m", which]
     done = subprocess.run(
         [*command, str(HERE / f"interpreted_{name}.py")],
         cwd=HERE.parent.parent,

@@ -55,7 +55,7 @@ def int8_linear(
         w_scale.contiguous(),
         bias=bias,
     )
-    return _run(product).view(*q.shape[:-1], -1)
+    return _run(product).view(*q.shape[:-1], len(weight))
 
 
 def fp8_linear(
@@ -74,12 +74,12 @@ def fp8_linear(
         out = torch._scaled_mm(
             rows, weight.t(), by_row, w_scale.contiguous(), bias=bias, out_dtype=dtype
         )
-        return out.view(*q.shape[:-1], -1)
+        return out.view(*q.shape[:-1], len(weight))
     if not are_groups_served(weight.shape[1], w_scale.shape[0]):
         return quantized_ops.fp8_linear(q, x_scale, weight, w_scale, bias, dtype)
     out = rows.new_empty(len(rows), len(weight), dtype=dtype)
     product = Product(rows, weight, out, x_scale, w_scale=w_scale.contiguous(), bias=bias)
-    return _run(product).view(*q.shape[:-1], -1)
+    return _run(product).view(*q.shape[:-1], len(weight))
 
 
 def weight_only_linear(
@@ -91,7 +91,7 @@ def weight_only_linear(
     out = rows.new_empty(len(rows), len(weight))
     zero = None if zero is None else zero.contiguous()
     product = Product(rows, weight, out, w_scale=scale.contiguous(), w_zero=zero, bias=bias)
-    return _run(product).view(*x.shape[:-1], -1)
+    return _run(product).view(*x.shape[:-1], len(weight))
 
 
 def serves_scaled_mm(

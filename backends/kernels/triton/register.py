@@ -21,7 +21,7 @@ OPS = {
 Norms, rope, gates, quantizers and the quantized embedding are not among them: Inductor makes one
 Triton kernel of each with what surrounds it (asserted in tests/kernels/test_left_to_inductor.py),
 as long as it is told `split_reductions=False`: else it takes rows of more than 8,192 in two steps,
-with three kernels for a gate and its quantizer.
+with three kernels for a gate and its quantizer. Two remain of a norm and a quantizer by groups.
 """
 
 
