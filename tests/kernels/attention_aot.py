@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from inlay.backends.kernels.triton.attention_launch import Launch
+from inlay.backends.kernels.triton.launch import Launch
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _POINTERS = {

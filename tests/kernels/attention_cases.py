@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from inlay.backends.kernels.triton.attention_launch import Target
+from inlay.backends.kernels.triton.launch import Target
 from inlay.backends.kernels.triton.paged_attention import TritonAttention
 from inlay.backends.kv_caches import LayerCache
 from inlay.backends.program import AttentionStep

@@ -11,7 +11,7 @@ import torch
 
 from inlay.backends.kernels.triton import attention_plan
 from inlay.backends.kernels.triton.attention_configs import Tiles, tiles_for
-from inlay.backends.kernels.triton.attention_launch import Target, is_interpreting
+from inlay.backends.kernels.triton.launch import Target, is_interpreting
 from inlay.passes.kv_formats import KV_CACHE_DTYPES
 from tests.backends import test_cpu_ops
 from tests.backends.test_cpu_attention_masks import alibi

@@ -17,11 +17,11 @@ pytest.importorskip("triton", reason="triton is not installed: the kernels canno
 from inlay.backends import device_attention
 from inlay.backends.device_attention import attention_for
 from inlay.backends.gathered_attention import GatheredAttention
-from inlay.backends.kernels.triton import attention_launch, paged_attention
+from inlay.backends.kernels.triton import paged_attention
 from inlay.backends.kernels.triton.attention_configs import MAX_HEAD, shared_bytes, tiles_for
-from inlay.backends.kernels.triton.attention_launch import Launch, Target
 from inlay.backends.kernels.triton.attention_plan import Batch, plan_attention, unsupported
 from inlay.backends.kernels.triton.cache_write import plan_write
+from inlay.backends.kernels.triton.launch import Launch, Target, target_of
 from inlay.backends.kernels.triton.paged_attention import TritonAttention
 from inlay.backends.program import AttentionStep
 from tests.kernels.attention_aot import compile_launch
@@ -259,4 +259,4 @@ def test_which_attention_a_device_gets(
 
 
 def test_the_interpreters_device() -> None:
-    assert attention_launch.target_of(torch.device("cpu")) == Target(90, 132)
+    assert target_of(torch.device("cpu")) == Target(90, 132)

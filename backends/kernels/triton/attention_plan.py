@@ -13,13 +13,13 @@ from torch import Tensor
 
 from inlay.backends.kernels.triton.attention_configs import MAX_HEAD, Tiles, tiles_for
 from inlay.backends.kernels.triton.attention_decode import combine_kernel, decode_kernel
-from inlay.backends.kernels.triton.attention_launch import (
+from inlay.backends.kernels.triton.attention_prefill import prefill_kernel
+from inlay.backends.kernels.triton.launch import (
     Launch,
     Target,
     is_interpreting,
     next_power_of_2,
 )
-from inlay.backends.kernels.triton.attention_prefill import prefill_kernel
 from inlay.backends.kv_caches import LayerCache
 from inlay.backends.program import AttentionStep
 

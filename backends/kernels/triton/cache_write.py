@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inlay.backends.kernels.triton.attention_launch import Launch, next_power_of_2
 from inlay.backends.kernels.triton.attention_tile import round_to_bfloat16
+from inlay.backends.kernels.triton.launch import Launch, next_power_of_2
 from inlay.backends.kv_caches import LayerCache
 
 _FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}

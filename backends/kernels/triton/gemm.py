@@ -1,4 +1,4 @@
-# ruff: noqa: N803, N806
+# ruff: noqa: N806
 """One matrix product for narrow weights, x [M, K] times weight [N, K] transposed, and for experts.
 
     float or narrow activations x a weight in int8, int4, e4m3 or x's own dtype

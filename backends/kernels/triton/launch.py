@@ -19,7 +19,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """args: every argument of the kernel by name, constexprs and None too."""
+    """args: every argument of the kernel by name, constexprs and None too, and maybe others."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -28,7 +28,8 @@ class Launch:
     num_stages: int
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.args, num_warps=self.num_warps, num_stages=self.num_stages)
+        args = {name: self.args[name] for name in self.kernel.arg_names}
+        self.kernel[self.grid](**args, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-# ruff: noqa: N803, N806
+# ruff: noqa: N806
 """What a mixture of experts needs around its matrix products: sorting, activations, the sum.
 
 Nothing here has a size that depends on which experts were chosen, so the host never waits. A chosen

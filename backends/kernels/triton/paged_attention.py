@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from inlay.backends.gathered_attention import GatheredAttention
-from inlay.backends.kernels.triton.attention_launch import Launch, Target, target_of
 from inlay.backends.kernels.triton.attention_plan import Batch, plan_attention, unsupported
 from inlay.backends.kernels.triton.cache_write import plan_write
+from inlay.backends.kernels.triton.launch import Launch, Target, target_of
 from inlay.backends.kv_caches import LayerCache
 from inlay.backends.program import AttentionStep
 

@@ -1,4 +1,3 @@
-# ruff: noqa: N803
 """Draw tokens on a GPU: `draw_row` of `runtime/draws.py` for each row, without typical_p.
 
 Gumbel-max with the counter-based noise of `runtime/noise.py`: the token with the largest
