@@ -49,7 +49,7 @@ DEFAULT: dict[str, tuple[Tile, ...]] = {
         Tile(16, 64, 128, 4, 3),
         Tile(32, 64, 128, 4, 3),
         Tile(64, 64, 64, 8, 2),
-        Tile(128, 64, 64, 8, 2),
+        Tile(64, 64, 64, 8, 2),
     ),
     # float32, which has no tensor cores here: small tiles of plain multiplications
     "float32": (
@@ -57,6 +57,19 @@ DEFAULT: dict[str, tuple[Tile, ...]] = {
         Tile(32, 32, 32, 4, 2),
         Tile(32, 32, 32, 4, 2),
         Tile(32, 32, 32, 4, 2),
+    ),
+    # sm_100's assembler spills some registers of the same tiles with half as many warps
+    "wide/100": (
+        Tile(16, 64, 128, 8, 4),
+        Tile(32, 64, 128, 8, 4),
+        Tile(64, 64, 64, 8, 4),
+        Tile(128, 128, 64, 8, 3),
+    ),
+    "float32/100": (
+        Tile(16, 32, 32, 8, 2),
+        Tile(32, 32, 32, 8, 2),
+        Tile(32, 32, 32, 8, 2),
+        Tile(32, 32, 32, 8, 2),
     ),
 }
 
@@ -66,10 +79,11 @@ def bucket(rows: int) -> int:
     return next((place for place, most in enumerate(ROWS) if rows <= most), len(ROWS))
 
 
-def find_tile(kind: str, device: str, rows: int, columns: int, depth: int) -> Tile:
-    """kind: of DEFAULT. rows, columns, depth: M, N, K."""
+def find_tile(kind: str, capability: int, device: str, rows: int, columns: int, depth: int) -> Tile:
+    """kind: of DEFAULT. capability: 90 for 9.0. rows, columns, depth: M, N, K."""
     place = bucket(rows)
-    default = DEFAULT[kind][min(place, len(DEFAULT[kind]) - 1)]
+    defaults = DEFAULT.get(f"{kind}/{capability}", DEFAULT[kind])
+    default = defaults[min(place, len(defaults) - 1)]
     return TUNED.get(device, {}).get((kind, columns, depth, place), default)
 
 
