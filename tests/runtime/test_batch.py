@@ -36,11 +36,11 @@ def test_a_mixed_step() -> None:
     last = item(list(range(40, 46)), num_prompt=6, start=5, count=1, slot=1)
     batch = prepare([decode, chunk, last], cache, StepSizes.within(LIMITS))
     step = batch.step
-    assert step.input_ids.tolist() == [0, 15, 16, 17, 18, 45, 0, 0]
+    assert step.input_ids.tolist() == [0, 15, 16, 17, 18, 45, 45, 45]
     batch.fill_in(step, torch.tensor([-5, -6, 77]))
-    assert step.input_ids.tolist() == [77, 15, 16, 17, 18, 45, 0, 0]
+    assert step.input_ids.tolist() == [77, 15, 16, 17, 18, 45, 45, 45]
     assert decode.request.token_ids[-1] == UNKNOWN_TOKEN, "the request is left as it was"
-    assert step.position_ids.tolist() == [3, 5, 6, 7, 8, 5, 0, 0]
+    assert step.position_ids.tolist() == [3, 5, 6, 7, 8, 5, 5, 5]
     assert step.seq_lens.tolist() == [4, 9, 6, 0]
     assert (step.num_tokens, step.num_requests, step.num_logits) == (6, 3, 2)
     assert step.logits_indices[:2].tolist() == [0, 5]
@@ -56,7 +56,14 @@ def test_tokens_that_the_host_knows_are_not_taken_from_the_device() -> None:
     known = item([7, 8, 9, 50], num_prompt=3, start=3, count=1, slot=2)
     batch = prepare([known], make_cache(), StepSizes.within(LIMITS))
     batch.fill_in(batch.step, torch.tensor([-5, -6, 77]))
-    assert batch.step.input_ids.tolist() == [50, 0]
+    assert batch.step.input_ids.tolist() == [50, 50]
+
+
+def test_padding_repeats_a_token_that_only_the_device_knows() -> None:
+    waiting = item([7, 8, 9, UNKNOWN_TOKEN], num_prompt=3, start=3, count=1, slot=2)
+    batch = prepare([waiting], make_cache(), StepSizes.within(LIMITS))
+    batch.fill_in(batch.step, torch.tensor([-5, -6, 77]))
+    assert batch.step.input_ids.tolist() == [77, 77]
 
 
 def test_nothing_to_sample_after_a_chunk() -> None:
@@ -64,7 +71,7 @@ def test_nothing_to_sample_after_a_chunk() -> None:
     batch = prepare([chunk], make_cache(), StepSizes.within(LIMITS))
     assert batch.rows == [-1]
     assert batch.step.num_logits == 0
-    assert batch.step.input_ids.tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
+    assert batch.step.input_ids.tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
 
 
 def test_rows_of_prompts_whose_every_logit_is_wanted() -> None:
