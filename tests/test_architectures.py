@@ -131,7 +131,7 @@ def test_a_broken_model_gives_other_tokens(name: str) -> None:
             assert (right.argmax(-1) != other.argmax(-1)).any(), twin
 
 
-@on_backends([*ENCODERS], ("modernbert",))
+@on_backends([*ENCODERS], ())
 def test_hidden_states_are_those_of_hugging_face(
     backend: str, name: str, models_table: Record
 ) -> None:

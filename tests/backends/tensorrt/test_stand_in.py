@@ -39,7 +39,13 @@ CASES: dict[str, tuple[str, torch.dtype, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+SLOW = ("w8a16", "half", "wide experts")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES],
+)
 def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """With the ONNX that engines would be built of."""
     name, dtype, quantization = CASES[request.param]
