@@ -80,10 +80,10 @@ class FlatRequests:
 class StepInputs:
     """The tensors of one step. T tokens, B requests, R wanted logits, G KV groups.
 
-    Padding: tokens beyond query_start_loc[-1] belong to no request, have slot -1, and repeat the
-    last real one, so that a kernel may compute equal rows once; requests beyond the real ones have
-    seq_len 0 and no tokens; logits rows beyond num_logits repeat the last real one, or token 0
-    where there is none, and are to be ignored.
+    Padding: tokens beyond query_start_loc[-1] belong to no request and have slot -1. Made by
+    `build_step` they repeat the last real one, so that a kernel may compute equal rows once.
+    Requests beyond the real ones have seq_len 0 and no tokens. Logits rows beyond num_logits repeat
+    the last real one, or token 0 where there is none, and are to be ignored.
     """
 
     input_ids: torch.Tensor  # [T] int64

@@ -47,7 +47,8 @@ class Worker:
     def ask(self, request: Mapping[str, Any], doing: str, hint: str = "") -> dict[str, Any]:
         """What the process answers; doing and hint are for the error.
 
-        Raises BuildError where the process dies. An answer may say {"error": ...}.
+        Raises BuildError where the process dies or says something else. An answer may be
+        {"error": ...}.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -24,7 +24,7 @@ from inlay.backends.kernels.triton.cache_write import plan_write
 from inlay.backends.kernels.triton.launch import Launch, Target, target_of
 from inlay.backends.kernels.triton.paged_attention import TritonAttention
 from inlay.backends.program import AttentionStep
-from tests.kernels.attention_aot import compile_launch
+from tests.kernels.triton_aot import compile_launch
 
 ROOT = Path(__file__).parents[2]
 BF16, FP8, INT8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
@@ -147,10 +147,10 @@ def assert_compiles(capability: int, options: dict[str, Any]) -> None:
         assert compiled.spills <= spill_limit(capability, options), (name, compiled.spills)
         assert compiled.shared <= shared_bytes(capability), name
         if options.get("dtype") == torch.float32:
-            assert not compiled.count("HMMA"), f"{name}: TF32 in place of float32"
+            assert "HMMA" not in compiled.tensor_cores, f"{name}: TF32 in place of float32"
         elif name in ("decode_kernel", "prefill_kernel"):
             expected = wide if name == "prefill_kernel" else "HMMA"
-            assert compiled.count(expected), (name, compiled.sass)
+            assert expected in compiled.tensor_cores, (name, compiled.tensor_cores)
             # Three programs of decode fit a multiprocessor: some load while another computes.
             is_light = name == "decode_kernel" and options.get("head", 128) == 128
             assert compiled.registers <= (168 if is_light else 255), (name, compiled.registers)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import inspect
 import re
 import subprocess
 import tempfile
@@ -54,25 +53,19 @@ class Code:
 
 
 def compile_launch(launch: Any, capability: int) -> Code:
-    """launch: of `backends/kernels/triton`, see its Launch. capability: 80, 90, 100."""
+    """launch: of `backends/kernels/triton`, see its Launch. capability: 80, 86, 90, 100."""
     kernel = launch.kernel
-    names = kernel.arg_names
-    fixed = {
-        name
-        for name, parameter in inspect.signature(kernel.fn).parameters.items()
-        if "constexpr" in str(parameter.annotation)
-    }
-    unspecialised = set(kernel.do_not_specialize or ())
     signature, constants, attrs = {}, {}, {}
-    for place, name in enumerate(names):
-        value = launch.args[name]
-        is_one = type(value) is int and value == 1 and name not in unspecialised
-        if name in fixed or value is None or is_one:
+    for place, parameter in enumerate(kernel.params):
+        name, value = parameter.name, launch.args[parameter.name]
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
             signature[name], constants[(place,)] = "constexpr", value
             continue
         signature[name] = _type(value)
         aligned = isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
-        if aligned and name not in unspecialised:
+        loose = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+        if aligned and not loose:
             attrs[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
