@@ -55,7 +55,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("target", [FEW, MANY], ids=["whole", "split"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.slow)], ids=str
+)
 def test_mixed_and_decode(dtype: torch.dtype, target: Target) -> None:
     check(attention(dtype, 16, None, 2, 2), target=target)
     check(attention(dtype, 16, None, 2, 2, requests=DECODE, padding=0), target=target)
@@ -94,21 +96,28 @@ def test_shapes(shape: tuple[int, ...]) -> None:
     check(attention(torch.float16, *shape, requests=DECODE[:3], padding=0), target=FEW)
 
 
-OPTIONS = [
-    {"window": 1},
-    {"window": 20},
-    {"chunk": 24},
+FEW_OPTIONS: list[dict[str, object]] = [
     {"chunk": 24, "window": 9},
     {"softcap": 2.0},
-    {"scale": 0.0},
     {"sinks": torch.tensor([-3.0, 0.0, 2.0, 30.0])},
-    {"slopes": alibi(4)},
     {"slopes": torch.tensor([0.3, 0.11, 0.0703, 0.5]).bfloat16()},
     {"slopes": alibi(4), "softcap": 2.0, "window": 20, "sinks": torch.ones(4)},
 ]
+MORE_OPTIONS: list[dict[str, object]] = [
+    {"window": 1},
+    {"window": 20},
+    {"chunk": 24},
+    {"scale": 0.0},
+    {"slopes": alibi(4)},
+]
+OPTIONS = [*FEW_OPTIONS, *MORE_OPTIONS]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [*FEW_OPTIONS, *(pytest.param(o, marks=pytest.mark.slow) for o in MORE_OPTIONS)],
+    ids=str,
+)
 def test_options(options: dict[str, object]) -> None:
     check(attention(torch.float32, 16, requests=MIXED, **options), target=MANY)
     check(attention(torch.float16, 16, requests=DECODE, padding=0, **options), target=FEW)
