@@ -116,6 +116,7 @@ class LoadedModel(Protocol):
 class BackendOptions:
     """See `CompileOptions`."""
 
+    device: str = "auto"
     library: str = "auto"
     target: str = "auto"
     fallback: str = "none"
@@ -150,12 +151,13 @@ class Known(BackendOptions):
 
 
 BACKEND_OPTIONS = {
-    "library": "tensorrt",
-    "target": "tensorrt",
-    "fallback": "tensorrt",
-    "whole": "onnxruntime",
+    "device": ("inductor", "eager"),
+    "library": ("tensorrt",),
+    "target": ("tensorrt",),
+    "fallback": ("tensorrt",),
+    "whole": ("onnxruntime",),
 }
-"""Options that one backend alone has, with its name: the fields of `BackendOptions`."""
+"""Options that not every backend has, with the names of those: the fields of `BackendOptions`."""
 
 
 class Checkable(NamedTuple):
@@ -180,7 +182,7 @@ class Backend(Protocol):
         opened, when its config is read and when it is loaded, each time with more."""
         return
 
-    def prepare(self) -> None:
+    def prepare(self, options: BackendOptions) -> None:
         """Begin, in the background, what a build needs whatever the model; errors come in check."""
 
     def check(

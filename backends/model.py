@@ -14,7 +14,7 @@ import torch
 from inlay.backends.base import KVGroup, ModelLimits
 from inlay.backends.kv_caches import LayerCache, blocks_of_groups, cached_layers, kv_groups
 from inlay.backends.program import AttentionStep, Program, SegmentStep
-from inlay.backends.static_call import StaticCall
+from inlay.backends.static_call import StaticCall, graph_pool
 from inlay.backends.step import StepInputs
 from inlay.errors import RequestError
 from inlay.passes.kv_formats import kv_dtype
@@ -93,6 +93,7 @@ class ProgramModel:
         self._loop = loop
         self._attention_weights = attention_weights
         self._caches: dict[int, LayerCache] = {}
+        self._pool = graph_pool(device)
         self._pieces: dict[tuple[int, tuple[torch.Size, ...]], SegmentCall] = {}
         self._num_pieces = next(
             (
@@ -153,7 +154,9 @@ class ProgramModel:
         if key not in self._pieces:
             _, segment, weights, _ = self._plan[index]
             own = [value.clone() for value in inputs]
-            self._pieces[key] = StaticCall(lambda given: segment([*weights, *given]), own)
+            self._pieces[key] = StaticCall(
+                lambda given: segment([*weights, *given]), own, self._pool
+            )
         return self._pieces[key]
 
     def _run(
@@ -161,6 +164,7 @@ class ProgramModel:
     ) -> dict[str, torch.Tensor]:
         """What is left at the end: the logits, and the value to keep."""
         assert self._caches, "allocate_kv_cache was not called"
+        step = step.to(self.device)
         if self.is_encoder:
             self._check_requests(step)
         if self._loop is not None and self.observer is None and not in_pieces:
@@ -196,7 +200,8 @@ class ProgramModel:
                 names = call.outputs if isinstance(call, SegmentStep) else (call.output,)
                 seen = self.observer(index, [values[name] for name in names])
                 # Segments are compiled for dense inputs, and do not look at strides.
-                values.update(zip(names, (value.contiguous() for value in seen), strict=True))
+                dense = [value.to(self.device).contiguous() for value in seen]
+                values.update(zip(names, dense, strict=True))
             for name in dead:
                 if name != keep:
                     del values[name]

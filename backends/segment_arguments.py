@@ -16,7 +16,7 @@ EXAMPLE_SIZES = (64, 32, 16, 8)
 
 
 def example_arguments(
-    gm: GraphModule, instead: Mapping[int, torch.Tensor] | None = None
+    gm: GraphModule, instead: Mapping[int, torch.Tensor] | None = None, device: str = "cpu"
 ) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
     """Example tensors and dynamic shapes for torch.export, from the placeholders' specs.
 
@@ -38,6 +38,6 @@ def example_arguments(
                 dims[size] = torch.export.Dim(size, min=2, max=MAX_SIZE)
         concrete = [sizes.get(size, size) for size in shape]
         value = 1 if dtype.is_floating_point else 0
-        arguments.append(torch.full(concrete, value).to(dtype))
+        arguments.append(torch.full(concrete, value, device=device).to(dtype))
         dynamic.append({d: dims[size] for d, size in enumerate(shape) if size in dims})
     return tuple(arguments), tuple(dynamic)

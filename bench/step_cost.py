@@ -43,13 +43,13 @@ def decoding(model: ProgramModel, num_requests: int, steps: int) -> Executor:
 def measure(model: ProgramModel, num_requests: int, steps: int) -> dict[str, Any]:
     """One executor, whose steps go by each kind in turn: all give the same bits."""
     executor = decoding(model, num_requests, 3 * steps)
-    loop, op = model._loop, executor.sampling._sampler._op
+    loop, op = model._loop, executor.sampling.sampler._op
     kinds = {"interpreter": (None, None), "loop": (loop, None), "sampler": (loop, op)}
     cpu: dict[str, list[float]] = {kind: [] for kind in kinds}
     wall: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(steps):
         for kind, chosen in kinds.items():
-            model._loop, executor.sampling._sampler._op = chosen
+            model._loop, executor.sampling.sampler._op = chosen
             begin = time.thread_time(), time.perf_counter()
             outputs = executor.step()
             cpu[kind].append(1e3 * (time.thread_time() - begin[0]))

@@ -317,7 +317,7 @@ def check_engine(model: LoadedModel, references: References, what: str) -> float
         num_rows = step.num_tokens if every_row else step.num_logits
         if every_row:
             step = replace(step, logits_indices=torch.arange(len(step.input_ids)))
-        got.append(model.forward(step)[:num_rows].float())
+        got.append(model.forward(step)[:num_rows].float().cpu())
         expected.append(torch.cat(rows))
     error = references.error(torch.cat(expected), torch.cat(got))
     if not exact or not references.is_as_near(torch.cat(exact), torch.cat(got)):

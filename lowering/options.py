@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from inlay.backends.base import BACKEND_OPTIONS
+from inlay.backends.device import DEVICES
 from inlay.backends.select import BACKENDS
 from inlay.backends.tensorrt.library import AUTO, LIBRARIES, TARGETS
 from inlay.errors import OptionError
@@ -28,6 +29,8 @@ class CompileOptions:
     backend: what runs the segments: "inductor" (compiled), "onnxruntime" (its kernels for CPUs, or
         for CUDA where onnxruntime-gpu is installed), "tensorrt" (engines for GPUs) or "eager" (the
         reference).
+    device: of the backends "inductor" and "eager": "cpu" or "cuda"; "auto" is for Inductor the GPU
+        where torch sees one, else the CPU, and for eager, the reference, the CPU.
     dtype: "float32", "bfloat16" or "float16", of weights, activations and KV cache; "auto" takes
         the checkpoint's.
     max_seq_len: tokens of one request, prompt and output together; None takes the model's.
@@ -54,6 +57,7 @@ class CompileOptions:
     """
 
     backend: str = "inductor"
+    device: str = AUTO
     dtype: str = "auto"
     max_seq_len: int | None = None
     max_num_tokens: int = 2048
@@ -74,6 +78,7 @@ class CompileOptions:
         parsed = parse_quantization(self.quantization)
         object.__setattr__(self, "quantization", NONE if parsed is None else parsed)
         _one_of("backend", self.backend, BACKENDS)
+        _one_of("device", self.device, DEVICES)
         _one_of("dtype", self.dtype, ("auto", *DTYPES))
         _one_of("block_size", self.block_size, BLOCK_SIZES)
         _one_of("optimization_level", self.optimization_level, (0, 1, 2, 3))
@@ -83,12 +88,13 @@ class CompileOptions:
         _one_of("target", self.target, TARGETS)
         _one_of("fallback", self.fallback, (NONE, "inductor"))
         _one_of("whole", self.whole, (False, True))
-        for name, backend in BACKEND_OPTIONS.items():
+        for name, owners in BACKEND_OPTIONS.items():
             value, default = getattr(self, name), getattr(CompileOptions, name)
-            if self.backend != backend and value != default:
+            if self.backend not in owners and value != default:
+                has_it = " or ".join(map(repr, owners))
                 raise OptionError(
-                    f"{name} is an option of backend={backend!r}; backend {self.backend!r} has "
-                    f"none, got {value!r}: leave it out"
+                    f"{name} is an option of backend={has_it}; backend {self.backend!r} has none, "
+                    f"got {value!r}: leave it out"
                 )
         for name, least in (("max_seq_len", 2), ("max_num_tokens", 2), ("max_num_seqs", 1)):
             value = getattr(self, name)

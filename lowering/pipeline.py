@@ -31,7 +31,14 @@ from inlay.backends.artifact import (
     write_weights,
 )
 from inlay.backends.atomic import Claim, claimed
-from inlay.backends.base import BACKEND_OPTIONS, Backend, BuildSettings, Known, ModelLimits
+from inlay.backends.base import (
+    BACKEND_OPTIONS,
+    Backend,
+    BackendOptions,
+    BuildSettings,
+    Known,
+    ModelLimits,
+)
 from inlay.backends.graph_json import graph_to_json
 from inlay.backends.program import Program
 from inlay.backends.select import get_backend
@@ -123,7 +130,7 @@ def _lower(
     with phase("load"):
         source = _load(model, backend, options, tokenizer)
         del model
-    backend.prepare()
+    backend.prepare(BackendOptions(**_own_options(options)))
     name, hf = source.name, source.model
     dtype = next(p.dtype for p in hf.parameters())
     max_seq_len = check_against_model(options, max_positions(hf))

@@ -8,17 +8,27 @@ no request: its cache slot is -1, its request has no tokens, its rows of logits 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 
 from inlay.backends.base import LoadedModel, ModelLimits
-from inlay.backends.static_call import StaticCall
+from inlay.backends.device import needing_memory
+from inlay.backends.static_call import StaticCall, graph_pool
 from inlay.backends.step import PADDING_SLOT, SMALLEST, StepInputs, ladder_up_to, round_up
+from inlay.runtime.sampler import Draws, Sampler, to_device
 
 MAX_PIECES_TOKENS = 512
 """Mixed steps of more tokens are run as they are: launching them takes less than running them."""
+
+LESS_GRAPHS = "lower max_num_seqs, or give cuda_graphs=False"
+
+Run = tuple[torch.Tensor, torch.Tensor | None]
+"""A step's logits, and its tokens where it was sampled from too."""
 
 TENSORS = (
     "input_ids",
@@ -32,31 +42,70 @@ TENSORS = (
 
 
 class Dispatcher:
-    """Runs a model's steps; with graphs, decode steps of the captured sizes from those."""
+    """Runs a model's steps; with graphs, decode steps of the captured sizes from those.
 
-    def __init__(self, model: LoadedModel, limits: ModelLimits) -> None:
+    Where the sampler is one kernel, the graphs hold it too: a decode step is then one launch.
+    """
+
+    def __init__(
+        self, model: LoadedModel, limits: ModelLimits, sampler: Sampler | None = None
+    ) -> None:
         self._model = model
+        self._sampler = sampler if sampler is not None and sampler.is_one_call else None
         self._sizes = ladder_up_to(limits.max_num_seqs)
         self._piece_sizes = ladder_up_to(min(limits.max_num_tokens, MAX_PIECES_TOKENS))
         self._width = -(-limits.max_seq_len // limits.block_size)
-        self._graphs: dict[int, StaticCall[torch.Tensor]] = {}
+        self._max_num_tokens = limits.max_num_tokens
+        self._graphs: dict[int, StaticCall[Run]] = {}
         self.num_replayed = 0
         self.num_in_pieces = 0
 
     def capture(self) -> int:
-        """Capture all sizes, the largest first; bytes of the device that this took."""
-        before = _memory_used(self._model.device)
+        """Capture all sizes, the largest first; bytes of the device that those of decode steps
+        took, which `drop` gives back."""
+        device = self._model.device
+        before, pool = _memory_used(device), graph_pool(device)
         for size in reversed(self._sizes):
-            blank = self._blank(size)
-            self._graphs[size] = StaticCall(
-                lambda tensors, blank=blank: self._model.forward(  # type: ignore[misc]
-                    replace(blank, **dict(zip(TENSORS, tensors, strict=True)))
-                ),
-                [getattr(blank, name) for name in TENSORS],
-            )
+            with needing_memory(f"the CUDA graph of {size} decoding requests", LESS_GRAPHS):
+                self._graphs[size] = self._captured(size, pool)
+        taken = _memory_used(device) - before
         for size in reversed(self._piece_sizes):
-            self._model.forward_pieces(self._blank(size, SMALLEST))
-        return _memory_used(self._model.device) - before
+            with needing_memory(f"CUDA graphs of steps of {size} tokens", LESS_GRAPHS):
+                self._model.forward_pieces(self._blank(size, SMALLEST))
+        return taken
+
+    def _captured(self, size: int, pool: Any) -> StaticCall[Run]:
+        blank, device, sampler = self._blank(size), self._model.device, self._sampler
+
+        def call(tensors: Sequence[torch.Tensor]) -> Run:
+            *given, slots, positions = tensors
+            logits = self._model.forward(replace(blank, **dict(zip(TENSORS, given, strict=True))))
+            return logits, sampler and sampler.launch_all(logits, slots, positions)
+
+        unused = 0 if sampler is None else sampler.padding_slot
+        places = torch.full((2, size), unused, dtype=torch.int64, device=device)
+        inputs = [*(getattr(blank, name) for name in TENSORS), *places.unbind(0)]
+        return StaticCall(call, inputs, pool)
+
+    def warm_up(self, num_logits: int) -> int:
+        """Run a step of every padded size that no graph has, so that nothing is compiled or set up
+        while serving; the device's bytes that the largest of them needed beside weights and cache.
+
+        num_logits: rows of logits that a step may ask for.
+        """
+        device, most = self._model.device, 0
+        for size in reversed(ladder_up_to(self._max_num_tokens)):
+            if size in self._piece_sizes and self._graphs:
+                continue
+            with needing_memory(f"a step of {size} tokens", "lower max_num_tokens"):
+                rows = torch.zeros(min(size, num_logits), dtype=torch.int64, device=device)
+                step = replace(self._blank(size, SMALLEST), logits_indices=rows)
+                most = max(most, peak_of(device, partial(self._run, step)))
+        return most
+
+    def _run(self, step: StepInputs) -> torch.Tensor:
+        """A step with log probabilities of all its rows: the most that it may be asked for."""
+        return self._model.forward(step).float().log_softmax(-1)
 
     def drop(self) -> None:
         """Forget the graphs: the addresses that they were captured with are no longer good."""
@@ -68,14 +117,34 @@ class Dispatcher:
         """Logits [R, vocab]; rows beyond step.num_logits are not to be read."""
         graph = self._graph_for(step)
         if graph is not None:
-            self.num_replayed += 1
-            return graph(self._padded(step, graph.inputs[0].shape[0]))
+            return self._replay(graph, step, None)[0]
         if self._graphs and step.input_ids.shape[0] in self._piece_sizes:
             self.num_in_pieces += 1
             return self._model.forward_pieces(step)
         return self._model.forward(step)
 
-    def _graph_for(self, step: StepInputs) -> StaticCall[torch.Tensor] | None:
+    def forward_sampled(self, step: StepInputs, draws: Draws) -> Run:
+        """The same, and the tokens of a plain plan [>= N], written to the sampler's last_tokens;
+        None where the graph does not sample."""
+        graph = self._graph_for(step)
+        if graph is None or len(draws.slots) != step.num_requests:
+            return self.forward(step), None
+        return self._replay(graph, step, draws)
+
+    def _replay(self, graph: StaticCall[Run], step: StepInputs, draws: Draws | None) -> Run:
+        """Without draws the graph's tokens go to nobody."""
+        self.num_replayed += 1
+        size = graph.inputs[0].shape[0]
+        places = np.zeros((2, size), dtype=np.int64)
+        if self._sampler is not None:
+            places[0] = self._sampler.padding_slot
+        if draws is not None:
+            places[:, : len(draws.slots)] = draws.slots, draws.positions
+        own = to_device(places, self._model.device).unbind(0)
+        logits, tokens = graph([*self._padded(step, size), *own])
+        return logits, None if draws is None else tokens
+
+    def _graph_for(self, step: StepInputs) -> StaticCall[Run] | None:
         is_decode = step.num_tokens == step.num_requests == step.num_logits
         if not self._graphs or not is_decode:
             return None
@@ -113,6 +182,17 @@ class Dispatcher:
             num_requests=count,
             num_logits=count,
         )
+
+
+def peak_of(device: torch.device, call: Callable[[], Any]) -> int:
+    """Bytes that a call has allocated on a GPU at most, over what there was; 0 elsewhere."""
+    if device.type != "cuda":
+        call()
+        return 0
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _memory_used(device: torch.device) -> int:

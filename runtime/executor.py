@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from inlay.backends.base import LoadedModel
+from inlay.backends.device import needing_memory
 from inlay.errors import InlayError, RequestError
 from inlay.runtime.admission import Admission
 from inlay.runtime.batch import MAX_PROMPT_LOGITS, StepSizes, prepare
@@ -63,10 +64,10 @@ class Executor(ExecutorControl):
         self._launcher = launcher or InlineLauncher()
         on_cuda = model.device.type == "cuda"
         self._depth = int(on_cuda if config.overlap is None else config.overlap)
-        self._allocate(on_cuda if config.cuda_graphs is None else config.cuda_graphs)
         self.sampling = SamplingStage(
             limits.max_num_seqs, limits.vocab_size, model.device, config.logits_processors
         )
+        self._allocate(on_cuda if config.cuda_graphs is None else config.cuda_graphs)
         self._depth = 0 if self.sampling.needs_history else self._depth
         copier = BlockCopier(model, [host.num_blocks for host in self.kv_cache.hosts])
         self._runner = StepRunner(model, self.dispatcher, copier, self.sampling)
@@ -86,20 +87,24 @@ class Executor(ExecutorControl):
         self._num_requests = 0
 
     def _allocate(self, graphs: bool) -> None:
-        """The KV pool and the graphs, whose memory is measured first, with a pool of nothing."""
+        """The KV pool, after what weights, steps and graphs take was measured with a pool of next
+        to nothing; then the graphs over that pool."""
         model, limits, config = self.model, self.limits, self.config
         if config.batch_invariant:
             model.make_batch_invariant()
         groups = model.kv_groups_for(config.kv_cache_dtype)
-        self.dispatcher = Dispatcher(model, limits)
-        graph_bytes = 0
-        if graphs and model.device.type == "cuda":
+        self.dispatcher = Dispatcher(model, limits, self.sampling.sampler)
+        taken = 0
+        if model.device.type == "cuda":
             model.allocate_kv_cache(1, config.kv_cache_dtype)
-            graph_bytes = self.dispatcher.capture()
+            if graphs:
+                taken = self.dispatcher.capture()
+            taken += self.dispatcher.warm_up(max(limits.max_num_seqs, MAX_PROMPT_LOGITS))
             self.dispatcher.drop()
-        sizes = num_kv_blocks(config, limits, groups, model.device, graph_bytes)
+        sizes = num_kv_blocks(config, limits, groups, model.device, taken)
         host_sizes = num_host_blocks(config, groups)
-        model.allocate_kv_cache(sizes, config.kv_cache_dtype)
+        with needing_memory("the KV cache", "lower kv_cache_tokens or kv_cache_free_fraction"):
+            model.allocate_kv_cache(sizes, config.kv_cache_dtype)
         if graphs:
             self.dispatcher.capture()
         self.kv_cache = KVCache(

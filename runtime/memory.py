@@ -28,7 +28,7 @@ def num_kv_blocks(
     """Blocks of each KV group's pool, logged once; OptionError where not even one fits.
 
     A group whose window no request can fill the pool with gets no more than requests can use.
-    taken: bytes of the free memory that are spoken for (CUDA graphs).
+    taken: bytes of the free memory that are spoken for (CUDA graphs, activations of a step).
     """
     reaches = [group.window or limits.max_seq_len for group in groups]
     most = [

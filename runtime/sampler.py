@@ -63,6 +63,11 @@ class Draws:
     positions: np.ndarray
     groups: tuple[DrawGroup, ...]
 
+    @property
+    def is_typical(self) -> bool:
+        """Whether any row has typical_p, which the kernels do not know."""
+        return any(len(group.typical) for group in self.groups)
+
 
 def _find_op(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
     """One call for all rows: on a CPU where a backend has brought it along, on CUDA with Triton."""
@@ -84,10 +89,13 @@ class Sampler:
 
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
         self.device = device
-        self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.padding_slot = count = max_num_seqs  # of rows that belong to no request
+        self._newest = torch.zeros(count + 1, dtype=torch.int64, device=device)
+        self.last_tokens = self._newest[:count]
         # Of the device: seed, top_k, is_greedy; temperature, top_p, log(min_p), typical_p.
-        self._integers = torch.zeros(3, max_num_seqs, dtype=torch.int64, device=device)
-        self._floats = torch.ones(4, max_num_seqs, dtype=torch.float64, device=device)
+        self._integers = torch.zeros(3, count + 1, dtype=torch.int64, device=device)
+        self._integers[2, count] = 1
+        self._floats = torch.ones(4, count + 1, dtype=torch.float64, device=device)
         self._floats[2] = -math.inf  # a slot may be launched whose set-up failed with its step
         # Of the host, which decides the path that a row takes.
         self._kind = np.zeros(max_num_seqs, dtype=np.int8)
@@ -160,10 +168,9 @@ class Sampler:
         count = len(draws.slots)
         logits = logits[:count]
         slots, positions = to_device(np.stack((draws.slots, draws.positions)), self.device)
-        if self._op is not None and not any(len(group.typical) for group in draws.groups):
-            rows = logits if logits.stride(1) == 1 else logits.contiguous()
-            tokens, peak = self._op(rows, slots, positions, self._integers, self._floats)
-        elif len(draws.groups) == 1:
+        if self.is_one_call and not draws.is_typical:
+            return self.launch_all(logits, slots, positions)
+        if len(draws.groups) == 1:
             tokens, peak = self._draw(draws.groups[0], logits, slots, positions)
         else:
             tokens = torch.empty(count, dtype=torch.int64, device=self.device)
@@ -173,7 +180,25 @@ class Sampler:
                 tokens[index], peak[index] = self._draw(
                     group, logits[index], slots[index], positions[index]
                 )
-        self.last_tokens[slots] = tokens
+        return self._keep(slots, tokens, peak)
+
+    @property
+    def is_one_call(self) -> bool:
+        """Whether there is a kernel for all rows, which needs nothing from the host."""
+        return self._op is not None
+
+    def launch_all(
+        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """`launch` by that kernel; slots and positions [N] lie on the device, so that a CUDA graph
+        can hold it. Rows of padding have the slot `padding_slot`."""
+        assert self._op is not None
+        rows = logits if logits.stride(1) == 1 else logits.contiguous()
+        tokens, peak = self._op(rows, slots, positions, self._integers, self._floats)
+        return self._keep(slots, tokens, peak)
+
+    def _keep(self, slots: torch.Tensor, tokens: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
+        self._newest[slots] = tokens
         return torch.where(peak.isfinite(), tokens, NO_TOKEN)
 
     def _draw(

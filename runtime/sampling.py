@@ -79,6 +79,18 @@ class SamplingPlan:
     logprob_rows: list[int]
     logprob_counts: list[int]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether row i is sampled from logits i as they are, by the sampler's kernel."""
+        count = len(self.requests)
+        return (
+            count > 0
+            and self.edits.is_empty
+            and not self.own_calls
+            and not self.draws.is_typical
+            and np.array_equal(self.logits_rows, np.arange(count))
+        )
+
 
 @dataclass
 class Sampled:
@@ -112,7 +124,7 @@ class SamplingStage:
         made.
         """
         self._device = device
-        self._sampler = Sampler(max_num_seqs, device)
+        self.sampler = Sampler(max_num_seqs, device)
         self._logits_processor = LogitsProcessor(max_num_seqs, vocab_size, device)
         self.batched = BatchedProcessors.make(processors, vocab_size, device)
         # Of the host. A sequence keeps its processors where it is preempted.
@@ -122,7 +134,7 @@ class SamplingStage:
     @property
     def last_tokens(self) -> torch.Tensor:
         """int64 [slots] on the device: the token sampled last in each slot."""
-        return self._sampler.last_tokens
+        return self.sampler.last_tokens
 
     @property
     def needs_history(self) -> bool:
@@ -137,7 +149,7 @@ class SamplingStage:
         rows: requests and the row of the logits that each is sampled from, which several may share.
         new: requests whose slots are set up first.
         """
-        values = self._sampler.plan_slots([(r.slot, r.params, r.seed) for r in new])
+        values = self.sampler.plan_slots([(r.slot, r.params, r.seed) for r in new])
         slot_edits = [self._logits_processor.plan_slot(r.slot, r) for r in new]
         requests = tuple(request for request, _ in rows)
         slots = np.array([request.slot for request in requests], dtype=np.int64)
@@ -153,7 +165,7 @@ class SamplingStage:
             logits_rows=np.array([row for _, row in rows], dtype=np.int64),
             new_values=values,
             new_edits=slot_edits,
-            draws=self._sampler.plan(slots, positions),
+            draws=self.sampler.plan(slots, positions),
             edits=self._logits_processor.plan(slots),
             own_calls=own_calls,
             errors=errors,
@@ -182,12 +194,20 @@ class SamplingStage:
             calls += [_OwnCall(row, name, call, [*prompt], [*output]) for name, call in own]
         return calls, errors
 
-    def launch(self, plan: SamplingPlan, logits: torch.Tensor) -> Sampled:
+    def begin(self, plan: SamplingPlan) -> None:
+        """Set up a plan's new slots: `launch` does, but a graph may sample before it is called."""
+        self.sampler.launch_slots(plan.new_values)
+
+    def launch(
+        self, plan: SamplingPlan, logits: torch.Tensor, tokens: torch.Tensor | None = None
+    ) -> Sampled:
         """Start the device on a plan. logits: [rows, vocab], any float dtype, left as they are.
 
+        tokens: of a plain plan, where the sampler was launched with the model: int64 [>= rows].
         Exceptions of the user's processors become the `error` of their requests' tokens.
         """
-        self._sampler.launch_slots(plan.new_values)
+        if tokens is None:
+            self.begin(plan)
         self._logits_processor.launch_slots(plan.new_edits)
         count = len(plan.requests)
         if not count:
@@ -197,10 +217,12 @@ class SamplingStage:
         else:
             logits = logits[to_device(plan.logits_rows, self._device)]
         sampled = Sampled(plan, torch.empty(0), errors=dict(plan.errors))
-        processed = self._logits_processor.launch(plan.edits, logits)
-        if self.batched.members or plan.own_calls:
-            processed = self._call_processors(plan, processed.float(), sampled)
-        tokens = self._sampler.launch(plan.draws, processed)
+        if tokens is None:
+            processed = self._logits_processor.launch(plan.edits, logits)
+            if self.batched.members or plan.own_calls:
+                processed = self._call_processors(plan, processed.float(), sampled)
+            tokens = self.sampler.launch(plan.draws, processed)
+        tokens = tokens[:count]
         self._logits_processor.launch_observe(plan.edits, tokens)
         if plan.logprob_rows:
             rows = to_device(np.array(plan.logprob_rows, dtype=np.int64), self._device)

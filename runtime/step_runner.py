@@ -53,15 +53,20 @@ class StepRunner:
     def run(self, work: Work) -> Result:
         """Copy blocks, run the model, choose tokens."""
         self.copier.run(work.copies)
-        step = work.batch.step.to(self.model.device)
+        step, plan = work.batch.step.to(self.model.device), work.plan
         work.batch.fill_in(step, self.sampling.last_tokens)
+        pooled: list[torch.Tensor] = []
+        tokens: torch.Tensor | None = None
         if work.pooler:
             logits, hidden = self.model.forward_hidden(step)
             pooled = work.pooler.run(hidden)
+        elif plan.is_plain and not self.sampling.batched.members:
+            self.sampling.begin(plan)
+            logits, tokens = self.dispatcher.forward_sampled(step, plan.draws)
         else:
-            logits, pooled = self.dispatcher.forward(step), []
+            logits = self.dispatcher.forward(step)
         scores = logits[work.beam_rows].float().log_softmax(-1) if work.beam_rows else None
         prompt_logprobs = work.prompt_logprobs.run(logits)
         # Last: who reads waits for what sampling has begun, and so for all that is before it.
-        sampled = self.sampling.launch(work.plan, logits)
+        sampled = self.sampling.launch(plan, logits, tokens)
         return Result(sampled, scores, prompt_logprobs, pooled)

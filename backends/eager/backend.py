@@ -11,12 +11,14 @@ from torch.fx import GraphModule, Interpreter
 
 import inlay.passes.ops  # noqa: F401  (defines torch.ops.inlay)
 from inlay.backends.artifact import Artifact, WeightReader
-from inlay.backends.base import Backend, BuildSettings, ModelLimits
+from inlay.backends.base import Backend, BackendOptions, BuildSettings, Known, ModelLimits
+from inlay.backends.device import AUTO, CPU, choose_device, load_weights
+from inlay.backends.device_attention import attention_for
 from inlay.backends.graph_json import graph_from_json
 from inlay.backends.kv_caches import LayerCache
-from inlay.backends.model import ProgramModel, SegmentCall
+from inlay.backends.model import AttentionOp, ProgramModel, SegmentCall
 from inlay.backends.program import AttentionStep, Program
-from inlay.errors import OptionError
+from inlay.errors import ArtifactError, BuildError, OptionError
 from inlay.passes.kv_formats import make_scales
 
 
@@ -68,7 +70,11 @@ def interpret(gm: GraphModule) -> SegmentCall:
 class EagerBackend(Backend):
     name = "eager"
 
-    def prepare(self) -> None:
+    def check_early(self, known: Known) -> None:
+        """Raises BuildError where there is no device as was asked for."""
+        choose_device(known.device, CPU)
+
+    def prepare(self, options: BackendOptions) -> None:
         """Nothing is needed."""
 
     def check(
@@ -87,8 +93,16 @@ class EagerBackend(Backend):
         return {}
 
     def load(self, artifact: Artifact) -> ProgramModel:
-        """Weights stay memory-mapped; nothing is copied."""
-        program, reader = artifact.program, WeightReader(artifact)
+        """On a CPU weights stay memory-mapped, and nothing is copied. On a GPU the same graph runs
+        op by op, with attention and narrow products by our kernels."""
+        program, device = artifact.program, _device_of(artifact)
+        attention: AttentionOp = ReferenceAttention()
+        if device.type != CPU:
+            from inlay.backends.kernels.triton.register import register_cuda_kernels
+
+            register_cuda_kernels()
+            attention = attention_for(device)
+        weights, attention_weights = load_weights(program, WeightReader(artifact), device)
         graphs = {
             key: graph_from_json(artifact.json(f"segments/{key}/graph.json"))
             for key in program.segment_keys
@@ -97,12 +111,24 @@ class EagerBackend(Backend):
             program,
             ModelLimits(**artifact.manifest["limits"]),
             {key: interpret(gm) for key, gm in graphs.items()},
-            [[reader.get(n) for n in step.weights] for step in program.segment_steps],
-            {name: reader.get(name) for name in program.attention_weight_names},
-            ReferenceAttention(),
-            torch.device("cpu"),
+            weights,
+            attention_weights,
+            attention,
+            device,
             refuse_batch_invariance,
         )
+
+
+def _device_of(artifact: Artifact) -> torch.device:
+    """What it was built for; graphs of other backends' artifacts run on the CPU."""
+    built = artifact.manifest
+    asked = built["options"].get("device", AUTO) if built["backend"] == "eager" else CPU
+    try:
+        return choose_device(asked, CPU)
+    except BuildError as error:
+        raise ArtifactError(
+            f"artifact {artifact.path} was built for device {asked!r}: {error}"
+        ) from error
 
 
 def refuse_batch_invariance() -> None:

@@ -1,4 +1,8 @@
-"""Inductor: each distinct segment as an AOTInductor package, large ops as C++ ones."""
+"""Inductor: each distinct segment as an AOTInductor package.
+
+On a CPU large ops are C++ ones on packed weights, and a C++ loop runs the whole program. On CUDA
+(`cuda.py`) they are Triton kernels, and CUDA graphs replay the program.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,15 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.fx import GraphModule
 
 from inlay.backends.artifact import Artifact, WeightReader
-from inlay.backends.base import Backend, BuildSettings, ModelLimits
+from inlay.backends.base import Backend, BackendOptions, BuildSettings, Known, ModelLimits
 from inlay.backends.cache import cache_dir, content_key, fetch
+from inlay.backends.device import CUDA, choose_device, fastest_device
 from inlay.backends.graph_json import graph_from_json, graph_to_json
+from inlay.backends.inductor import cuda
 from inlay.backends.inductor.compile import Packing, inductor_config, packed_weights
 from inlay.backends.inductor.invariance import make_batch_invariant
 from inlay.backends.inductor.native import NativeLoop
-from inlay.backends.inductor.workers import Job, compile_jobs
+from inlay.backends.inductor.workers import Job, Settings, compile_jobs
 from inlay.backends.kernels.cpu_attention import OPS, CpuAttention, OpsBuild
 from inlay.backends.kernels.cpu_ops import INTERFACE, load_ops
 from inlay.backends.model import ProgramModel
@@ -56,14 +62,22 @@ class InductorBackend(Backend):
     def __init__(self) -> None:
         self._ops = OpsBuild()
 
-    def prepare(self) -> None:
+    def check_early(self, known: Known) -> None:
+        """Raises BuildError where there is no device as was asked for."""
+        choose_device(known.device, fastest_device())
+
+    def prepare(self, options: BackendOptions) -> None:
         """The C++ ops: without a compiler nothing else can be built either."""
-        self._ops.start()
+        if choose_device(options.device, fastest_device()).type != CUDA:
+            self._ops.start()
 
     def check(
         self, program: Program, segments: Mapping[str, GraphModule], settings: BuildSettings
     ) -> None:
-        load_ops(self._ops.result())
+        if choose_device(settings.device, fastest_device()).type == CUDA:
+            cuda.check_tools()
+        else:
+            load_ops(self._ops.result())
 
     def build(
         self,
@@ -73,9 +87,12 @@ class InductorBackend(Backend):
         settings: BuildSettings,
     ) -> dict[str, Any]:
         """Compile what the cache does not hold, one worker for each core."""
-        ops = self._ops.result()
-        shutil.copyfile(ops, directory / Path(OPS).name)
-        toolchain = _toolchain(settings.optimization_level)
+        device, ops = choose_device(settings.device, fastest_device()).type, None
+        if device != CUDA:
+            ops = self._ops.result()
+            shutil.copyfile(ops, directory / Path(OPS).name)
+        target = cuda.target() if device == CUDA else _target()
+        toolchain = {**target, **_toolchain(settings.optimization_level, device)}
         cached = {key: _cached_package(gm, toolchain) for key, gm in segments.items()}
         missing = [key for key in cached if not fetch(cached[key], directory / key / PACKAGE)]
         if missing:
@@ -89,12 +106,15 @@ class InductorBackend(Backend):
                 )
                 for key in missing
             ]
-            compile_jobs(jobs, ops, settings.optimization_level, settings.progress)
+            common = Settings(device, ops, settings.optimization_level)
+            compile_jobs(jobs, common, settings.progress)
         settings.progress(f"{len(missing)} compiled, {len(cached) - len(missing)} from the cache")
-        return {**_target(), "num_compiled": len(missing)}
+        return {**target, "num_compiled": len(missing)}
 
     def load(self, artifact: Artifact) -> ProgramModel:
         """Load packages and pack weights, shard by shard; needs no compiler."""
+        if artifact.manifest["target"]["device"] == CUDA:
+            return cuda.load(artifact, PACKAGE)
         _check_target(artifact)
         load_ops(artifact.path / OPS)
         program = artifact.program
@@ -179,9 +199,9 @@ def _cached_package(gm: GraphModule, toolchain: dict[str, Any]) -> Path:
     return cache_dir() / "segments" / f"{key}.pt2"
 
 
-def _toolchain(optimization_level: int) -> dict[str, Any]:
-    """All that the code of a graph depends on: our sources, torch with its settings, the compiler
-    and the CPU it compiles for."""
+def _toolchain(optimization_level: int, device: str) -> dict[str, Any]:
+    """All that the code of a graph depends on besides its target: our sources, torch with its
+    settings, the compiler."""
     sources = {inspect.getsourcefile(reference) for reference in REFERENCES.values()}
     sources |= {inspect.getsourcefile(packed_weights), inspect.getsourcefile(example_arguments)}
     digest = hashlib.sha256()
@@ -192,8 +212,7 @@ def _toolchain(optimization_level: int) -> dict[str, Any]:
     compiler = shlex.split(get_cpp_compiler())
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
     return {
-        **_target(),
-        "config": inductor_config(optimization_level),
+        "config": inductor_config(optimization_level, device),
         "ops": INTERFACE,
         "sources": digest.hexdigest(),
         "torch_git": torch.version.git_version,

@@ -1,13 +1,16 @@
 """One segment -> one AOTInductor package, weights as arguments.
 
 Run as a worker process: `python -m inlay.backends.inductor.compile`, see workers.py.
-Pointwise `inlay.*` ops are traced as their references, so that Inductor fuses them; linear layers
-and mixtures of experts become our C++ ops on prepacked weights, which come in as handles.
+Pointwise `inlay.*` ops are traced as their references, so that Inductor fuses them. On a CPU linear
+layers and mixtures of experts become our C++ ops on prepacked weights, which come in as handles; on
+CUDA plain products are cuBLAS's, and the others stay `inlay.*` ops, which the package calls through
+torch's dispatcher: there they are our Triton kernels.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,13 +104,31 @@ def _use(user: Node, weight: Node) -> Packing | None:
 
 
 class _Traced(Interpreter):
-    """Runs a segment so that export sees aten ops and our C++ linear, nothing else of inlay."""
+    """Runs a segment so that export sees aten ops and products that are kernels of ours."""
+
+    def __init__(self, gm: GraphModule, opaque: Collection[Any]) -> None:
+        super().__init__(gm)
+        self._opaque = opaque
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return REFERENCES.get(target, target)(*args, **kwargs)
+        traced = target if target in self._opaque else REFERENCES.get(target, target)
+        return traced(*args, **kwargs)
+
+
+class _Dispatched(torch.nn.Module):
+    """A segment for a device whose kernels of ours are found by torch's dispatcher."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__()
+        self.interpreter = _Traced(gm, {target for target in PRODUCTS if target is not LINEAR})
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        return self.interpreter.run(*args)
 
 
 class _Segment(torch.nn.Module):
+    """A segment for the CPU."""
+
     def __init__(self, gm: GraphModule) -> None:
         super().__init__()
         packed = packed_weights(gm)
@@ -118,7 +139,7 @@ class _Segment(torch.nn.Module):
                 _use_handle(node)
             elif is_call(node, EXPERTS, QUANTIZED_EXPERTS):
                 _use_handles(node, handles)
-        self.interpreter = _Traced(gm)
+        self.interpreter = _Traced(gm, ())
 
     def forward(self, *args: torch.Tensor) -> Any:
         return self.interpreter.run(*args)
@@ -162,31 +183,46 @@ def _stand_ins(gm: GraphModule) -> dict[int, torch.Tensor]:
     }
 
 
-def compile_segment(graph: dict[str, Any], package: Path, optimization_level: int) -> None:
-    """Compile a segment's JSON graph into an AOTInductor package at this path."""
+def compile_segment(
+    graph: dict[str, Any],
+    package: Path,
+    optimization_level: int,
+    device: str = "cpu",
+    is_dispatched: bool | None = None,
+) -> None:
+    """Compile a segment's JSON graph into an AOTInductor package at this path.
+
+    is_dispatched: weights come as they are, and products go through torch's dispatcher; None:
+        everywhere but on the CPU.
+    """
     gm = graph_from_json(graph)
-    arguments, dynamic = example_arguments(gm, _stand_ins(gm))
+    if is_dispatched is None:
+        is_dispatched = device != "cpu"
+    arguments, dynamic = example_arguments(gm, {} if is_dispatched else _stand_ins(gm), device)
     with torch.no_grad():
         # What export cannot prove of the sizes is checked at run time: it is often true, as
         # T * min(64, 64 * T) == 64 * T of a sum over experts.
         program = torch.export.export(
-            _Segment(gm),
+            _Dispatched(gm) if is_dispatched else _Segment(gm),
             arguments,
             dynamic_shapes=(dynamic,),
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(package), inductor_configs=inductor_config(optimization_level)
+            program,
+            package_path=str(package),
+            inductor_configs=inductor_config(optimization_level, device),
         )
 
 
-def inductor_config(optimization_level: int) -> dict[str, Any]:
+def inductor_config(optimization_level: int, device: str = "cpu") -> dict[str, Any]:
     """Inductor's settings.
 
     Threads are asked at run time, not baked into the package. The level is the C++ compiler's for
     the host code, which only calls kernels but takes half of its time; kernels always get -O3.
-    Precompiled headers take longer to make than a handful of segments gains from them.
+    Precompiled headers take longer to make than a handful of segments gains from them. On CUDA the
+    maximum of a wide row is not taken in two steps, see `kernels/triton/register.py`.
     """
     options = {
         "cpp.dynamic_threads": True,
@@ -194,15 +230,18 @@ def inductor_config(optimization_level: int) -> dict[str, Any]:
         "aot_inductor.precompile_headers": False,
         "aot_inductor.enable_line_tables": False,  # not in torch 2.11
     }
+    if device == "cuda":
+        options["split_reductions"] = False
     known = torch._inductor.config.get_config_copy()
     return {name: value for name, value in options.items() if name in known}
 
 
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     """A request of workers.py."""
-    load_ops(Path(job["ops"]))
+    if job["ops"] is not None:
+        load_ops(Path(job["ops"]))
     graph = json.loads(Path(job["graph"]).read_text())
-    compile_segment(graph, Path(job["package"]), job["optimization_level"])
+    compile_segment(graph, Path(job["package"]), job["optimization_level"], job["device"])
     return {}
 
 

@@ -35,9 +35,16 @@ class Job:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def compile_jobs(
-    jobs: Sequence[Job], ops: Path, optimization_level: int, progress: Callable[[str], None]
-) -> None:
+@dataclass(frozen=True)
+class Settings:
+    """What all jobs share. device: "cpu" or "cuda"; ops: the C++ ops, for the CPU alone."""
+
+    device: str
+    ops: Path | None
+    optimization_level: int
+
+
+def compile_jobs(jobs: Sequence[Job], settings: Settings, progress: Callable[[str], None]) -> None:
     """Compile every job; packages appear at their places one by one, each whole.
 
     Raises:
@@ -48,7 +55,7 @@ def compile_jobs(
     cache = jobs[0].package.parent
     try:
         with building(cache) as scratch:
-            _compile_in(scratch, jobs, ops, optimization_level, progress)
+            _compile_in(scratch, jobs, settings, progress)
     except OSError as error:
         raise BuildError(
             f"cannot compile segments in the cache {cache}: {error}; make room there, or set "
@@ -57,15 +64,11 @@ def compile_jobs(
 
 
 def _compile_in(
-    scratch: Path,
-    jobs: Sequence[Job],
-    ops: Path,
-    optimization_level: int,
-    progress: Callable[[str], None],
+    scratch: Path, jobs: Sequence[Job], settings: Settings, progress: Callable[[str], None]
 ) -> None:
     def compile_one(worker: _Compiler, job: Job) -> None:
         begin = time.perf_counter()
-        worker.compile(job, ops, optimization_level)
+        worker.compile(job, settings)
         progress(f"segment {job.key} compiled in {time.perf_counter() - begin:.1f} s")
 
     run_jobs(jobs, _num_workers(len(jobs)), lambda i: _Compiler(scratch / str(i)), compile_one)
@@ -95,14 +98,15 @@ class _Compiler(Worker):
         }
         super().__init__("inlay.backends.inductor.compile", env=environment)
 
-    def compile(self, job: Job, ops: Path, optimization_level: int) -> None:
+    def compile(self, job: Job, settings: Settings) -> None:
         graph, package = self._folder / "graph.json", self._folder / "package.pt2"
         graph.write_text(json.dumps(job.graph))
         request = {
             "graph": str(graph),
             "package": str(package),
-            "ops": str(ops),
-            "optimization_level": optimization_level,
+            "ops": None if settings.ops is None else str(settings.ops),
+            "device": settings.device,
+            "optimization_level": settings.optimization_level,
         }
         if error := self.ask(request, f"compiled segment {job.key}").get("error"):
             raise BuildError(

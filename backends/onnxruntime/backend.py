@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule
 
 from inlay.backends.artifact import Artifact, WeightReader
-from inlay.backends.base import Backend, BuildSettings, Known, ModelLimits
+from inlay.backends.base import Backend, BackendOptions, BuildSettings, Known, ModelLimits
 from inlay.backends.device_attention import attention_for
 from inlay.backends.graph_json import graph_from_json
 from inlay.backends.kernels.cpu_attention import OPS, CpuAttention, OpsBuild
@@ -55,7 +55,7 @@ class OnnxRuntimeBackend(Backend):
                 "choose backend='inductor'"
             )
 
-    def prepare(self) -> None:
+    def prepare(self, options: BackendOptions) -> None:
         """The C++ attention."""
         self._ops.start()
 

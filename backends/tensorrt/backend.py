@@ -11,7 +11,14 @@ import torch
 from torch.fx import GraphModule
 
 from inlay.backends.artifact import SELF, Artifact
-from inlay.backends.base import Backend, BuildSettings, Checkable, Known, ModelLimits
+from inlay.backends.base import (
+    Backend,
+    BackendOptions,
+    BuildSettings,
+    Checkable,
+    Known,
+    ModelLimits,
+)
 from inlay.backends.cache import cache_dir
 from inlay.backends.graph_json import graph_from_json
 from inlay.backends.model import ProgramModel
@@ -47,7 +54,7 @@ class TensorRTBackend(Backend):
         if known.fallback != "inductor" and (found := "; ".join(filter(None, reasons))):
             raise UnsupportedModelError(f"quantization is not possible so: {found}; {WAYS_OUT}")
 
-    def prepare(self) -> None:
+    def prepare(self, options: BackendOptions) -> None:
         """Nothing takes long enough."""
 
     def check(

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from inlay.backends.cache import fetch
-from inlay.backends.inductor.workers import Job, compile_jobs
+from inlay.backends.inductor.workers import Job, Settings, compile_jobs
 from inlay.errors import BuildError
 
 WORKER = f"""#!{sys.executable} -S
@@ -82,7 +82,7 @@ def assert_ended(ops: Path) -> None:
 def test_packages_appear_whole_and_nothing_else(ops: Path, tmp_path: Path) -> None:
     jobs = [job(tmp_path, str(number), "compile") for number in range(5)]
     lines: list[str] = []
-    compile_jobs(jobs, ops, 3, lines.append)
+    compile_jobs(jobs, Settings("cpu", ops, 3), lines.append)
     names = [path.name for path in (tmp_path / "cache").iterdir() if path.suffix == ".pt2"]
     assert sorted(name.partition("-")[0] for name in names) == [str(n) for n in range(5)]
     for one in jobs:
@@ -100,7 +100,7 @@ def test_a_worker_that_dies_is_named_with_its_segment(ops: Path, tmp_path: Path)
         BuildError,
         match=r"process that compiled segment bad died \(status -9; .*out of memory\).*of the log",
     ):
-        compile_jobs(jobs, ops, 0, print)
+        compile_jobs(jobs, Settings("cpu", ops, 0), print)
     assert list(ops.glob("compiler-*")), "no compiler ran: pointless"
     assert_ended(ops)
     assert not list((tmp_path / "cache").iterdir())
@@ -109,7 +109,7 @@ def test_a_worker_that_dies_is_named_with_its_segment(ops: Path, tmp_path: Path)
 def test_a_segment_that_cannot_be_compiled_is_named(ops: Path, tmp_path: Path) -> None:
     jobs = [job(tmp_path, "slow", "hang"), job(tmp_path, "bad", "fail")]
     with pytest.raises(BuildError, match=r"could not compile segment bad: ValueError: no such"):
-        compile_jobs(jobs, ops, 0, print)
+        compile_jobs(jobs, Settings("cpu", ops, 0), print)
     assert_ended(ops)
     assert not list((tmp_path / "cache").iterdir())
 
@@ -123,7 +123,7 @@ def test_an_interrupt_ends_workers_and_compilers(ops: Path, tmp_path: Path) -> N
     thread.start()
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        compile_jobs([job(tmp_path, key, "hang") for key in "abc"], ops, 0, print)
+        compile_jobs([job(tmp_path, key, "hang") for key in "abc"], Settings("cpu", ops, 0), print)
     thread.join()
     assert time.monotonic() - begin < 20
     assert_ended(ops)
@@ -140,7 +140,7 @@ def test_a_worker_killed_from_outside(ops: Path, tmp_path: Path) -> None:
     thread = threading.Thread(target=kill)
     thread.start()
     with pytest.raises(BuildError, match=r"process that compiled segment a died \(status -9"):
-        compile_jobs([job(tmp_path, "a", "hang")], ops, 0, print)
+        compile_jobs([job(tmp_path, "a", "hang")], Settings("cpu", ops, 0), print)
     thread.join()
     assert_ended(ops)
 
@@ -148,7 +148,7 @@ def test_a_worker_killed_from_outside(ops: Path, tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written(ops: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("")
     with pytest.raises(BuildError, match=r"cannot compile segments in the cache .*INLAY_CACHE_DIR"):
-        compile_jobs([job(tmp_path, "a", "compile")], ops, 0, print)
+        compile_jobs([job(tmp_path, "a", "compile")], Settings("cpu", ops, 0), print)
 
 
 def test_an_interpreter_that_is_gone(
@@ -156,5 +156,5 @@ def test_an_interpreter_that_is_gone(
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))
     with pytest.raises(BuildError, match=r"cannot compile segments .*nowhere"):
-        compile_jobs([job(tmp_path, "a", "compile")], ops, 0, print)
+        compile_jobs([job(tmp_path, "a", "compile")], Settings("cpu", ops, 0), print)
     assert not list((tmp_path / "cache").iterdir())

@@ -1,8 +1,9 @@
-"""Prints which Triton kernels Inductor makes of our pointwise ops for an H200 that is not here.
+"""Prints which Triton kernels Inductor makes of our pointwise ops, or of a whole segment, for an
+H200 that is not here.
 
 Run as a script, since it makes the process believe that it has a GPU: one JSON line,
 {name: [number of kernels, number of launches]}, for the given setting of split_reductions (0, 1)
-and the names that follow it (none: all).
+and the names that follow it (none: all), which may also be files with a segment's graph.
 A graph is exported on the CPU, its tensors are replaced by fake CUDA ones, and compilation stops
 once the code is written.
 """
@@ -13,7 +14,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -27,6 +29,9 @@ from torch._inductor import compile_fx, config, graph
 from torch._inductor.decomposition import select_decomp_table
 from triton.backends.compiler import GPUTarget
 
+from inlay.backends.graph_json import graph_from_json
+from inlay.backends.inductor.compile import _Dispatched
+from inlay.backends.segment_arguments import example_arguments
 from inlay.passes import ops, quantized_ops
 
 H200 = SimpleNamespace(
@@ -84,16 +89,32 @@ class OnCuda(torch.fx.Interpreter):
         return value
 
 
-def generate(function: Callable[..., Any], *arguments: torch.Tensor) -> str:
-    """Inductor's code; the first dimension is dynamic where it is 77."""
+class Module(torch.nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
 
-    class Module(torch.nn.Module):
-        def forward(self, *args: torch.Tensor) -> Any:
-            return function(*args)
+    def forward(self, *args: torch.Tensor) -> Any:
+        return self.function(*args)
 
+
+def dynamic_tokens(arguments: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """The first dimension where it is 77."""
     tokens = torch.export.Dim("tokens", min=2, max=8192)
-    dynamic = tuple({0: tokens} if len(one) == 77 else None for one in arguments)
-    program = torch.export.export(Module(), arguments, dynamic_shapes=(dynamic,), strict=False)
+    return tuple({0: tokens} if len(one) == 77 else None for one in arguments)
+
+
+def generate(
+    module: torch.nn.Module, arguments: Sequence[torch.Tensor], dynamic: Sequence[Any]
+) -> str:
+    """Inductor's code."""
+    program = torch.export.export(
+        module,
+        tuple(arguments),
+        dynamic_shapes=(tuple(dynamic),),
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
     gm = program.run_decompositions(select_decomp_table()).graph_module
     for node in list(gm.graph.nodes):
         if "_assert_tensor_metadata" in str(node.target):
@@ -199,10 +220,13 @@ def cases() -> dict[str, tuple[Any, ...]]:
 if __name__ == "__main__":
     pretend()
     found = {}
-    wanted = sys.argv[2:] or cases()
-    for name, (function, *arguments) in cases().items():
-        if name not in wanted:
-            continue
-        code = generate(function, *arguments)
+    known = cases()
+    for name in sys.argv[2:] or known:
+        if name in known:
+            function, *arguments = known[name]
+            code = generate(Module(function), arguments, dynamic_tokens(arguments))
+        else:
+            gm = graph_from_json(json.loads(Path(name).read_text()))
+            code = generate(_Dispatched(gm), *example_arguments(gm))
         found[name] = [code.count("@triton.jit"), len(re.findall(r"\.run\(", code))]
     print(json.dumps(found))

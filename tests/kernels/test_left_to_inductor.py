@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from inlay import compile_model
+from tests.quantizable import build_quantizable
 
 pytest.importorskip("triton")
 
@@ -17,6 +21,10 @@ SCRIPT = Path(__file__).parent / "inductor_without_gpu.py"
 
 ONCE = [1, 1]
 """Kernels, launches."""
+SEGMENT = {"none": 5, "fp8": 6}
+"""Launches of Inductor's kernels between two attention calls of a Llama: two norms with their
+additions, a gate, RoPE of queries and of keys; in fp8 with the quantizer behind each that a product
+reads, and one for attention's output. Counted with torch 2.13; not with 2.11."""
 
 
 def count_kernels(split_reductions: bool, *names: str) -> dict[str, list[int]]:
@@ -35,6 +43,18 @@ def count_kernels(split_reductions: bool, *names: str) -> dict[str, list[int]]:
 def test_each_is_one_kernel() -> None:
     names = ("add_norm_fp8", "gated_fp8", "rope", "embedding")
     assert count_kernels(False, *names) == dict.fromkeys(names, ONCE)
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="counted with torch 2.13")
+@pytest.mark.parametrize("quantization", ["fp8", pytest.param("none", marks=pytest.mark.slow)])
+def test_a_layers_segment(quantization: str, tmp_path: Path) -> None:
+    model = build_quantizable("llama", torch.bfloat16)
+    engine = compile_model(model, "eager", quantization=quantization, verify="capture")
+    key = engine.artifact.program.segment_steps[1].segment
+    graph = tmp_path / "graph.json"
+    graph.write_text(json.dumps(engine.artifact.json(f"segments/{key}/graph.json")))
+    (kernels,) = count_kernels(False, str(graph)).values()
+    assert kernels[1] == SEGMENT[quantization]
 
 
 @pytest.mark.slow

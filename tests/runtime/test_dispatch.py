@@ -3,14 +3,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from inlay.backends.step import PADDING_SLOT, FlatRequests, StepInputs, StepRequest, build_step
+from inlay.runtime import sampler as sampler_module
 from inlay.runtime.config import ExecutorConfig
 from inlay.runtime.dispatch import Dispatcher
+from inlay.runtime.draws import draw_row
 from inlay.runtime.executor import Executor
+from inlay.runtime.noise import row_keys
 from inlay.runtime.request import NewRequest
+from inlay.runtime.sampling import SamplingStage
 from inlay.runtime.sampling_params import SamplingParams
 from tests.runtime.fake_model import LIMITS, FakeModel, run_all
 
@@ -120,3 +125,89 @@ def test_tokens_are_the_same_with_and_without(overlap: bool) -> None:
     assert found == expected
     assert plain.get_stats()["num_graph_steps"] == 0
     assert replayed.get_stats()["num_graph_steps"] > 5
+
+
+def draw_all(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    integers: torch.Tensor,
+    floats: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a kernel for all rows does."""
+    tokens, peaks = logits.argmax(-1), logits.amax(-1).float()
+    seeds, top_k, is_greedy = integers[:, slots]
+    keys = row_keys(seeds, positions).tolist()
+    for row, values in enumerate(zip(*floats[:, slots].tolist(), top_k.tolist(), strict=True)):
+        if not is_greedy[row]:
+            tokens[row], _ = draw_row(logits[row].float().numpy(), keys[row], *values)
+    return tokens, peaks
+
+
+SAMPLED = [
+    SamplingParams(temperature=0, max_tokens=9),
+    SamplingParams(temperature=0.9, seed=1, max_tokens=14),
+    SamplingParams(temperature=1.1, top_k=5, seed=2, max_tokens=11),
+    SamplingParams(temperature=0.8, top_p=0.7, seed=3, max_tokens=17, logprobs=2),
+]
+EDITED = [
+    SamplingParams(temperature=0, max_tokens=4, repetition_penalty=1.3),
+    SamplingParams(temperature=0.7, seed=5, max_tokens=5, typical_p=0.9),
+]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("one_token", [False, True])
+def test_graphs_that_sample_give_the_same_tokens(
+    overlap: bool, one_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also beside requests whose logits are edited first, and for prompts of one token, whose
+    slots are new when they decode."""
+    monkeypatch.setattr(sampler_module, "_find_op", lambda device: draw_all)
+    given: list[int] = []
+    launch = SamplingStage.launch
+
+    def spy(self: SamplingStage, plan: Any, logits: Any, tokens: Any = None) -> Any:
+        given.append(-1 if tokens is None else len(plan.requests))
+        return launch(self, plan, logits, tokens)
+
+    monkeypatch.setattr(SamplingStage, "launch", spy)
+
+    def run(cuda_graphs: bool) -> dict[str, tuple[list[int], str | None]]:
+        given.clear()
+        config = ExecutorConfig(debug=True, overlap=overlap, cuda_graphs=cuda_graphs)
+        executor = Executor(FakeModel(), config)
+        for number, params in enumerate([*SAMPLED, *EDITED]):
+            prompt = [(7 * number + i) % 97 for i in range(1 if one_token else 2 + 3 * number)]
+            executor.add_request(NewRequest(f"{number}", prompt, params))
+        return run_all(executor)
+
+    expected = run(cuda_graphs=False)
+    assert set(given) == {-1}
+    assert run(cuda_graphs=True) == expected
+    # Once the edited requests have ended all steps are sampled from by their graphs.
+    assert {1, 2, 3} <= set(given)
+    assert -1 in given
+
+
+def test_padding_does_not_touch_a_requests_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler_module, "_find_op", lambda device: draw_all)
+    model = FakeModel()
+    model.allocate_kv_cache(20)
+    sampler = sampler_module.Sampler(6, model.device)
+    for slot in range(6):
+        sampler.set_slot(slot, SamplingParams(temperature=0), 0)
+    dispatcher = Dispatcher(model, replace(LIMITS, max_num_seqs=6), sampler)
+    dispatcher.capture()
+    sampler.last_tokens.fill_(-7)
+    step = build([request(7 + i, i, 3 * i) for i in range(3)])
+    draws = sampler.plan(np.array([4, 0, 2]), np.array([1, 2, 3]))
+    logits, tokens = dispatcher.forward_sampled(step, draws)
+    assert tokens is not None
+    assert tokens[:3].tolist() == logits[:3].argmax(-1).tolist()
+    assert sampler.last_tokens[[4, 0, 2]].tolist() == tokens[:3].tolist()
+    assert sampler.last_tokens[[1, 3, 5]].tolist() == [-7] * 3
+    dispatcher.forward(step)  # and nobody's, where somebody else is to sample
+    sampler.last_tokens.fill_(-7)
+    dispatcher.forward(step)
+    assert sampler.last_tokens.tolist() == [-7] * 6

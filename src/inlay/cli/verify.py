@@ -69,15 +69,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _owner(arguments: argparse.Namespace) -> str | None:
-    """The backend, of those to be run, that alone has an option which was given."""
+    """A backend, of those to be run, that has an option which was given and not all have."""
     from inlay.backends.base import BACKEND_OPTIONS
     from inlay.lowering.options import CompileOptions
 
     names = [name.strip() for name in arguments.backends.split(",")]
-    for option, owner in BACKEND_OPTIONS.items():
+    for option, owners in BACKEND_OPTIONS.items():
         given = getattr(arguments, option, None) not in (None, getattr(CompileOptions, option))
-        if given and owner in names:
-            return owner
+        if given and (found := next((owner for owner in owners if owner in names), None)):
+            return found
     return None
 
 

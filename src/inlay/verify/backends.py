@@ -60,7 +60,7 @@ def verify_backends(
 
 def for_backend(options: CompileOptions, backend: str) -> CompileOptions:
     """The same options, but for those that only another backend has."""
-    foreign = [name for name, owner in BACKEND_OPTIONS.items() if owner != backend]
+    foreign = [name for name, owners in BACKEND_OPTIONS.items() if backend not in owners]
     defaults = {name: getattr(CompileOptions, name) for name in foreign}
     return replace(options, backend=backend, **defaults)
 
