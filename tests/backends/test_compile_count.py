@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
+
 from inlay import compile_model
 from inlay.passes.pass_manager import PASSES
 from tests.toys import build_toy
 
 
+def test_a_deeper_model_has_no_further_segments() -> None:
+    shallow = compile_model(build_toy("llama"), "eager", verify="capture")
+    deep = compile_model(build_toy("llama", layers=5), "eager", verify="capture")
+    assert shallow.manifest["num_segments"] == deep.manifest["num_segments"] == 4
+    assert set(shallow.artifact.program.segment_keys) == set(deep.artifact.program.segment_keys)
+
+
+@pytest.mark.slow
 def test_a_deeper_model_needs_no_further_compiles() -> None:
     shallow = compile_model(build_toy("llama"), "inductor", dtype="float32")
     deep = compile_model(build_toy("llama", layers=5), "inductor", dtype="float32")

@@ -67,7 +67,12 @@ CASES: dict[str, tuple[str, torch.dtype, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("tied, bfloat16", "experts", "w4a16", "awq")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES]
+)
 def test_weights_are_those_of_a_fresh_build(case: str, tmp_path: Path) -> None:
     name, dtype, quantization = CASES[case]
     options = {**OPTIONS, "quantization": quantization}

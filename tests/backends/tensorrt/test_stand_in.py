@@ -39,7 +39,7 @@ CASES: dict[str, tuple[str, torch.dtype, Any]] = {
 }
 
 
-SLOW = ("w8a16", "half", "wide experts")
+SLOW = ("w8a16", "half", "wide experts", "experts")
 
 
 @pytest.fixture(
