@@ -161,7 +161,7 @@ def compare(batch: int, length: int, new: int, cache: str, device: str) -> dict[
 def items(arguments: argparse.Namespace) -> Iterator[gpu.Item]:
     device = arguments.device
     yield "read probe", lambda: {"read_gb_s": gpu.read_bandwidth(device) / 1e9}
-    decode, prefill = (DECODE, PREFILL) if device == "cuda" else (DECODE[:1], PREFILL[:1])
+    decode, prefill = (DECODE, PREFILL) if device == "cuda" else (((2, 96),), ((2, 64),))
     for batch, length in decode:
         for cache in ("bfloat16", "float8_e4m3fn", "int8"):
             name = f"decode {batch} x {length} {cache}"

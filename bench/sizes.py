@@ -45,9 +45,8 @@ print(json.dumps({
 """
 
 
-def measure(shape: str, quantization: str) -> dict[str, Any]:
+def measure(shape: str, checkpoint: Path, quantization: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = save_shape(shape, Path(folder) / "checkpoint")
         (Path(folder) / "build").mkdir()
         options = {} if quantization == "none" else {"quantization": quantization}
         built = cold_build(checkpoint, Path(folder) / "build", options)
@@ -75,8 +74,10 @@ def main() -> None:
     parser.add_argument("--quantization", action="append", help="none by default; repeatable")
     arguments = parser.parse_args()
     for shape in arguments.shape or DEFAULT:
-        for quantization in arguments.quantization or ["none"]:
-            print(json.dumps(measure(shape, quantization)), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = save_shape(shape, Path(folder))
+            for quantization in arguments.quantization or ["none"]:
+                print(json.dumps(measure(shape, checkpoint, quantization)), flush=True)
 
 
 if __name__ == "__main__":
