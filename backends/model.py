@@ -94,7 +94,9 @@ class ProgramModel:
         self._attention_weights = attention_weights
         self._caches: dict[int, LayerCache] = {}
         self._pool = graph_pool(device)
-        self._pieces: dict[tuple[int, tuple[torch.Size, ...]], SegmentCall] = {}
+        self._pieces: dict[
+            tuple[int, tuple[torch.Size, ...]], StaticCall[Sequence[torch.Tensor]]
+        ] = {}
         self._num_pieces = next(
             (
                 index
@@ -153,7 +155,9 @@ class ProgramModel:
         key = index, tuple(value.shape for value in inputs)
         if key not in self._pieces:
             _, segment, weights, _ = self._plan[index]
-            own = [value.clone() for value in inputs]
+            # What earlier pieces gave lies where it always will.
+            fixed = {id(one) for piece in self._pieces.values() for one in piece.fixed}
+            own = [value if id(value) in fixed else value.clone() for value in inputs]
             self._pieces[key] = StaticCall(
                 lambda given: segment([*weights, *given]), own, self._pool
             )

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: libraries keep a workspace for each stream that they ever saw."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage is collected meanwhile: memory that is freed within a capture ends it."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def graph_pool(device: torch.device) -> Any:
@@ -36,6 +58,11 @@ class StaticCall(Generic[T]):
             with torch.cuda.device(self.inputs[0].device):
                 self._capture(pool)
 
+    @property
+    def fixed(self) -> T | tuple[()]:
+        """What every call gives in the same memory: nothing without a graph."""
+        return () if self._graph is None else self.output
+
     def __call__(self, inputs: Sequence[torch.Tensor]) -> T:
         """Inputs may be smaller than the static ones: what lies beyond stays as it was.
 
@@ -51,7 +78,7 @@ class StaticCall(Generic[T]):
 
     def _capture(self, pool: Any) -> None:
         # What a first call sets up (handles, workspaces, kernels loaded late) cannot be captured.
-        stream = torch.cuda.Stream()
+        stream = _side_stream(self.inputs[0].device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._call(self.inputs)

@@ -53,7 +53,7 @@ class Subject:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.device: str = arguments.device
-        self.model = build_shape(arguments.shape, torch.bfloat16, arguments.layers)
+        self.model = build_shape(arguments.shape, torch.bfloat16, arguments.layers, self.device)
         self.vocab_size: int = self.model.config.vocab_size
         self.bandwidth = gpu.read_bandwidth(self.device)
         self.quantization = "none"
@@ -83,8 +83,10 @@ class Subject:
 
     def latency(self, batch: int, **options: Any) -> dict[str, Any]:
         requests = self._requests(batch, 128, self.arguments.output_len)
+        facts: dict[str, Any] = {"batch": batch, **options}
         with self._llm(**options) as llm:
-            agreement = self._agreement(llm)
+            if batch == 1:
+                facts["agreement"] = self._agreement(llm)
             run_offline(llm, requests, GREEDY)
             runs = [run_offline(llm, requests, GREEDY) for _ in range(3)]
         tpot = median(record.tpot or 0.0 for run in runs for record in run)
@@ -92,15 +94,14 @@ class Subject:
         middle = 128 + self.arguments.output_len // 2
         rate = self._rate(runs)
         self.output_rates.setdefault(batch, rate)
-        return {
-            "batch": batch, "tpot_ms": tpot * 1e3, "ttft_ms": median(firsts) * 1e3,
-            "output_tokens_per_s": rate, "agreement": agreement,
-            "decode_share": decode_share(self._cost(), [middle] * batch, tpot, self.bandwidth),
-            "read_gb_s": self.bandwidth / 1e9, **options,
+        share = decode_share(self._cost(), [middle] * batch, tpot, self.bandwidth)
+        return facts | {
+            "tpot_ms": tpot * 1e3, "ttft_ms": median(firsts) * 1e3, "output_tokens_per_s": rate,
+            "decode_share": share, "read_gb_s": self.bandwidth / 1e9,
         }  # fmt: skip
 
     def throughput(self, length_in: int, length_out: int) -> dict[str, Any]:
-        count = max(self.arguments.num_requests * 256 // (length_in + length_out), 8)
+        count = self.arguments.num_requests
         with self._llm() as llm:
             run_offline(llm, self._requests(8, length_in, 8), GREEDY)
             run = run_offline(llm, self._requests(count, length_in, length_out), GREEDY)
@@ -115,8 +116,9 @@ class Subject:
         ids = torch.tensor(prompts(batch, 128, self.vocab_size), device=self.device)
         options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False}
 
-        def generate() -> object:
-            return self.model.generate(ids, cache_implementation="static", **options)
+        def generate() -> None:
+            found = self.model.generate(ids, cache_implementation="static", **options)
+            assert found.shape == (batch, 128 + length), f"it gave {tuple(found.shape)}"
 
         return self._beside(batch, length, generate)
 
@@ -126,9 +128,17 @@ class Subject:
         length = self.arguments.output_len
         inputs = prompts(batch, 128, self.vocab_size)
         config = GenerationConfig(max_new_tokens=length, do_sample=False, eos_token_id=-1)
-        return self._beside(
-            batch, length, lambda: self.model.generate_batch(inputs, generation_config=config)
-        )
+        attention = self.model.config._attn_implementation
+
+        def generate() -> None:
+            found = self.model.generate_batch(inputs, generation_config=config)
+            lengths = [len(one.generated_tokens) for one in found.values()]
+            assert lengths == [length] * batch, f"it gave outputs of {lengths} tokens"
+
+        try:
+            return self._beside(batch, length, generate)
+        finally:
+            self.model.set_attn_implementation(attention)
 
     # Parts.
 
@@ -151,6 +161,9 @@ class Subject:
 
     def _llm(self, **options: Any) -> LLM:
         assert self.engine is not None, "its build failed"
+        gc.collect()  # the last one's memory
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
         return LLM(self.engine, in_process=True, enable_prefix_caching=False, **options)
 
     def _cost(self) -> ProgramCost:
@@ -204,7 +217,7 @@ def main() -> int:
     parser.add_argument("--quantization", nargs="+", default=["none", "fp8"])
     parser.add_argument("--layers", type=int, help="fewer, to try the script")
     parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--num-requests", type=int, default=1024, help="of 128 + 128 tokens")
+    parser.add_argument("--num-requests", type=int, default=512, help="offline")
     parser.add_argument("--output-len", type=int, default=128, help="of the batches")
     parser.add_argument("--lengths", type=int, default=len(LENGTHS), help="first of offline's")
     gpu.add_arguments(parser, seconds=420)

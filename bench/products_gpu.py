@@ -10,6 +10,7 @@ ops (which take `torch._scaled_mm` where it serves). Results are compared with f
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -37,22 +38,32 @@ TOLERANCE = 0.01
 weights which are scaled before they are multiplied."""
 
 
+@functools.lru_cache(maxsize=len(FORMATS))
+def weight_of(
+    kind: str, shape: tuple[int, int], device: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As it is stored, with its scales."""
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(1)) / shape[1] ** 0.5
+    scheme = FORMATS[kind]
+    if scheme is None:
+        return weight.bfloat16().to(device), None
+    stored, scale, zero = quantize_weight(weight, scheme)
+    assert zero is None, "symmetric"
+    return stored.to(device), scale.to(device)
+
+
 def products(
-    kind: str, x: torch.Tensor, weight: torch.Tensor
+    kind: str, x: torch.Tensor, stored: torch.Tensor, scale: torch.Tensor | None
 ) -> tuple[Callable[[], torch.Tensor], torch.Tensor, int]:
     """A call, what it should give in float32, and the bytes of its weight."""
-    scheme, dtype, ops = FORMATS[kind], x.dtype, torch.ops.inlay
-    if scheme is None:
-        narrow = weight.to(dtype)
-        return lambda: F.linear(x, narrow), x.float() @ narrow.float().t(), 2 * weight.numel()
-    stored, scale, zero = quantize_weight(weight.cpu(), scheme)
-    stored, scale = stored.to(x.device), scale.to(x.device)
-    assert zero is None, "symmetric"
+    dtype, ops = x.dtype, torch.ops.inlay
+    if scale is None:
+        return lambda: F.linear(x, stored), x.float() @ stored.float().t(), stored.nbytes
     size = stored.nbytes + scale.nbytes
-    wide = quantized_ops.dequantize(stored, scale, zero).t()
+    wide = quantized_ops.dequantize(stored, scale, None).t()
     if kind in ("w8a16", "w4a16"):
         return (
-            lambda: ops.weight_only_linear(x, stored, scale, zero, None),
+            lambda: ops.weight_only_linear(x, stored, scale, None, None),
             x.float() @ wide,
             size,
         )
@@ -74,8 +85,7 @@ def products(
 def measure(kind: str, shape: tuple[int, int], rows: int, device: str) -> dict[str, Any]:
     torch.manual_seed(0)
     x = torch.randn(rows, shape[1], device=device).bfloat16()
-    weight = torch.randn(*shape, device=device) / shape[1] ** 0.5
-    call, expected, size = products(kind, x, weight)
+    call, expected, size = products(kind, x, *weight_of(kind, shape, device))
     error = relative_rms(expected, call())
     assert error < TOLERANCE, f"off by {error:.4f}"
     seconds = gpu.seconds_of(call, device)
@@ -96,8 +106,8 @@ def items(arguments: argparse.Namespace) -> Iterator[gpu.Item]:
         shapes = {"small": (96, 64)}
     yield "read probe", lambda: {"read_gb_s": gpu.read_bandwidth(device) / 1e9}
     for name, shape in shapes.items():
-        for rows in ROWS:
-            for kind in FORMATS:
+        for kind in FORMATS:
+            for rows in ROWS:
                 yield f"{name} {rows} rows {kind}", partial(measure, kind, shape, rows, device)
 
 

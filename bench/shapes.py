@@ -115,16 +115,20 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def build_shape(
-    name: str, dtype: torch.dtype = torch.bfloat16, layers: int | None = None
+    name: str,
+    dtype: torch.dtype = torch.bfloat16,
+    layers: int | None = None,
+    device: str = "cpu",
 ) -> PreTrainedModel:
-    """A random model of this shape in evaluation mode."""
+    """A random model of this shape in evaluation mode, on the CPU; device: makes it."""
     options = dict(SHAPES[name])
     if layers is not None:
         options["num_hidden_layers"] = layers
     config = AutoConfig.for_model(**options)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = None
-    return randomise(model).eval()
+    return randomise(model, device=device).to("cpu").eval()
 
 
 def save_shape(name: str, directory: Path, layers: int | None = None) -> Path:

@@ -16,27 +16,29 @@ SCALED_EMBEDDING_STD = 0.03
 
 
 @torch.no_grad()
-def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+def randomise(model: PreTrainedModel, seed: int = 0, device: str = "cpu") -> PreTrainedModel:
     """Fill the model's parameters in place, float32 draws cast to its dtype; returns the model.
 
     Matrices N(0, (2 / sqrt(fan_in))^2) with rows of mean 0, embeddings N(0, 1), one-dimensional
     parameters their initial value + 0.3 N(0, 1). Without the zero means, what an activation adds
-    to every token alike (GELU, ReLU) grows to a direction in which all tokens agree.
+    to every token alike (GELU, ReLU) grows to a direction in which all tokens agree. device: draws
+    them, with numbers of its own.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     embedding = model.get_input_embeddings()
     scaled = model.config.tie_word_embeddings and hasattr(embedding, "embed_scale")
     embedding_std = SCALED_EMBEDDING_STD if scaled else 1.0
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     transposed = {id(m.weight) for m in model.modules() if type(m).__name__ == "Conv1D"}
     for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
+        noise = torch.randn(parameter.shape, generator=generator, device=device)
         if parameter.dim() < 2:
-            parameter.add_(0.3 * noise.to(parameter.dtype))
+            parameter.add_(0.3 * noise.to(parameter))
         elif id(parameter) in tables:
-            parameter.copy_(embedding_std * noise)
+            parameter.copy_((embedding_std * noise).to(parameter.dtype))
         else:
             dim = 0 if id(parameter) in transposed else -1
             noise -= noise.mean(dim, keepdim=True)
-            parameter.copy_(MATRIX_GAIN / parameter.shape[dim] ** 0.5 * noise)
+            noise *= MATRIX_GAIN / parameter.shape[dim] ** 0.5
+            parameter.copy_(noise.to(parameter.dtype))
     return model

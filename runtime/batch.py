@@ -28,11 +28,11 @@ class StepSizes:
     logits: Sequence[int]
 
     @classmethod
-    def within(cls, limits: ModelLimits) -> StepSizes:
-        """The ladders up to an executor's limits."""
+    def within(cls, limits: ModelLimits, fewest: int = 1) -> StepSizes:
+        """The ladders up to an executor's limits; fewest: requests that a step is padded to."""
         return cls(
             tokens=ladder_up_to(limits.max_num_tokens),
-            requests=ladder_up_to(limits.max_num_seqs, smallest=1),
+            requests=ladder_up_to(limits.max_num_seqs, smallest=fewest),
             logits=sorted({*ladder_up_to(limits.max_num_seqs), *ladder_up_to(MAX_PROMPT_LOGITS)}),
         )
 

@@ -8,7 +8,7 @@ no request: its cache slot is -1, its request has no tokens, its rows of logits 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -88,24 +88,47 @@ class Dispatcher:
         return StaticCall(call, inputs, pool)
 
     def warm_up(self, num_logits: int) -> int:
-        """Run a step of every padded size that no graph has, so that nothing is compiled or set up
-        while serving; the device's bytes that the largest of them needed beside weights and cache.
+        """Run a step of every kind that no graph has, so that nothing is compiled or set up while
+        serving; the device's bytes that one of them needed at most, beside weights and cache.
 
         num_logits: rows of logits that a step may ask for.
         """
-        device, most = self._model.device, 0
-        for size in reversed(ladder_up_to(self._max_num_tokens)):
-            if size in self._piece_sizes and self._graphs:
-                continue
-            with needing_memory(f"a step of {size} tokens", "lower max_num_tokens"):
-                rows = torch.zeros(min(size, num_logits), dtype=torch.int64, device=device)
-                step = replace(self._blank(size, SMALLEST), logits_indices=rows)
-                most = max(most, peak_of(device, partial(self._run, step)))
+        most = 0
+        for step in self._kinds_of_steps(num_logits):
+            what = f"a step of {len(step.input_ids)} tokens"
+            with needing_memory(what, "lower max_num_tokens or max_num_seqs"):
+                most = max(most, peak_of(self._model.device, partial(self._run, step)))
         return most
 
-    def _run(self, step: StepInputs) -> torch.Tensor:
-        """A step with log probabilities of all its rows: the most that it may be asked for."""
-        return self._model.forward(step).float().log_softmax(-1)
+    def _kinds_of_steps(self, num_logits: int) -> Iterator[StepInputs]:
+        """Every padded size, the largest first; then what kernels are chosen for otherwise: tables
+        of one block, as many requests as there may be, every number of rows of logits."""
+        largest, *others = reversed(ladder_up_to(self._max_num_tokens))
+        graphs = self._piece_sizes if self._graphs else []
+        for size in [largest, *(one for one in others if one not in graphs)]:
+            yield self._asking(self._blank(size, SMALLEST), min(size, num_logits))
+        short, many = self._blank(2 * SMALLEST, SMALLEST), self._sizes[-1]
+        for step in (short, self._blank(SMALLEST)):
+            yield replace(step, block_tables=step.block_tables[:, :, :1])
+        for size in (many, 2 * many):
+            if size <= self._max_num_tokens:
+                yield self._blank(size, many)
+        for count in ladder_up_to(num_logits):
+            yield self._asking(short, count)
+
+    def _asking(self, step: StepInputs, count: int) -> StepInputs:
+        rows = torch.zeros(count, dtype=torch.int64, device=self._model.device)
+        return replace(step, logits_indices=rows)
+
+    def _run(self, step: StepInputs) -> None:
+        """With all that may be asked of its rows."""
+        logits = self._model.forward(step)
+        wide = logits.float()
+        wide.log_softmax(-1)
+        if self._sampler is not None:
+            slots = torch.full_like(step.logits_indices, self._sampler.padding_slot)
+            for rows in (logits, wide):
+                self._sampler.launch_all(rows, slots, torch.zeros_like(slots))
 
     def drop(self) -> None:
         """Forget the graphs: the addresses that they were captured with are no longer good."""
@@ -152,6 +175,14 @@ class Dispatcher:
 
     def _padded(self, step: StepInputs, size: int) -> Sequence[torch.Tensor]:
         """The step's tensors in the graph's sizes; tables keep their width, the rest is stale."""
+        if (
+            min(map(len, (step.seq_lens, step.input_ids, step.logits_indices))) >= size
+        ):  # padded on the host to at least as much
+            sizes = {name: size + (name == "query_start_loc") for name in TENSORS}
+            cut = {name: getattr(step, name)[: sizes[name]] for name in TENSORS}
+            cut["slot_mapping"] = step.slot_mapping[:, :size]
+            cut["block_tables"] = step.block_tables[:, :size]
+            return list(cut.values())
         blank, count = self._blank(size), step.num_requests
         tensors = {name: getattr(blank, name) for name in TENSORS if name != "block_tables"}
         for name in ("input_ids", "position_ids", "logits_indices", "seq_lens"):

@@ -12,10 +12,13 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from inlay.backends.base import LoadedModel
 from inlay.backends.device import needing_memory
+from inlay.backends.static_call import no_collection
+from inlay.backends.step import SMALLEST
 from inlay.errors import InlayError, RequestError
 from inlay.runtime.admission import Admission
 from inlay.runtime.batch import MAX_PROMPT_LOGITS, StepSizes, prepare
@@ -67,7 +70,10 @@ class Executor(ExecutorControl):
         self.sampling = SamplingStage(
             limits.max_num_seqs, limits.vocab_size, model.device, config.logits_processors
         )
-        self._allocate(on_cuda if config.cuda_graphs is None else config.cuda_graphs)
+        graphs = on_cuda if config.cuda_graphs is None else config.cuda_graphs
+        graphs = graphs and not model.is_encoder  # which does not decode
+        with no_collection() if on_cuda else nullcontext():
+            self._allocate(graphs)
         self._depth = 0 if self.sampling.needs_history else self._depth
         copier = BlockCopier(model, [host.num_blocks for host in self.kv_cache.hosts])
         self._runner = StepRunner(model, self.dispatcher, copier, self.sampling)
@@ -79,7 +85,7 @@ class Executor(ExecutorControl):
             prefix_caching=config.enable_prefix_caching and not model.is_encoder,
             whole_prompts=model.is_encoder,
         )
-        self._sizes = StepSizes.within(limits)
+        self._sizes = StepSizes.within(limits, SMALLEST if graphs and on_cuda else 1)
         self._sequences: dict[str, list[Request]] = {}
         self._deadlines: list[tuple[float, int, str]] = []
         self._in_flight: deque[Launched] = deque()
@@ -200,6 +206,7 @@ class Executor(ExecutorControl):
         while self._in_flight:
             self._collect(self._in_flight.popleft())
         self._launcher.close()
+        self.dispatcher.drop()  # graphs know their dispatcher and the model, whose memory is due
         self.stats.close()
 
     # A step, in order.

@@ -39,7 +39,7 @@ class Pooler:
             rows = hidden[begin:end].float()
             pooling = item.request.options.pooling
             part = rows.sum(0) if pooling == "mean" else rows[0 if pooling == "cls" else -1]
-            parts.append(part.to("cpu"))
+            parts.append(part.to("cpu", non_blocking=True))
         return parts
 
     def read(

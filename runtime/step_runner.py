@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from inlay.backends.base import LoadedModel
@@ -15,6 +16,7 @@ from inlay.runtime.dispatch import Dispatcher
 from inlay.runtime.logprobs import TopTokens
 from inlay.runtime.pooling import Pooler
 from inlay.runtime.prompt_logprobs import PromptLogprobs
+from inlay.runtime.sampler import to_device
 from inlay.runtime.sampling import Sampled, SamplingPlan, SamplingStage
 
 
@@ -65,7 +67,10 @@ class StepRunner:
             logits, tokens = self.dispatcher.forward_sampled(step, plan.draws)
         else:
             logits = self.dispatcher.forward(step)
-        scores = logits[work.beam_rows].float().log_softmax(-1) if work.beam_rows else None
+        scores = None
+        if work.beam_rows:
+            rows = to_device(np.array(work.beam_rows), logits.device)
+            scores = logits[rows].float().log_softmax(-1)
         prompt_logprobs = work.prompt_logprobs.run(logits)
         # Last: who reads waits for what sampling has begun, and so for all that is before it.
         sampled = self.sampling.launch(plan, logits, tokens)

@@ -11,26 +11,40 @@ mkdir -p "$out"
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
 export INLAY_CACHE_DIR=${INLAY_CACHE_DIR:-$(mktemp -d)}
 
+run_tests() { # shard, files...
+    SHARD=$1 JSON_LINES=$out/gpu_tests.jsonl timeout 460 python -m pytest -o addopts= -q \
+        --strict-markers -p tests.json_lines -m gpu --show-capture=no "${@:2}"
+}
+
+status=0
 case $part in
-    tests)
-        JSON_LINES=$out/gpu_tests.jsonl timeout 470 python -m pytest -o addopts= -q --strict-markers \
-            -p tests.json_lines -m gpu --show-capture=no \
-            tests/test_gpu.py tests/kernels/test_attention_gpu.py tests/kernels/test_triton_gpu.py
+    tests) # side by side: most of the time goes into compiling, one core for each
+        run_tests 0/1 tests/test_gpu.py & jobs=($!)
+        for shard in 0 1 2 3; do
+            run_tests $shard/4 tests/kernels/test_attention_gpu.py & jobs+=($!)
+        done
+        for shard in 0 1; do
+            run_tests $shard/2 tests/kernels/test_triton_gpu.py & jobs+=($!)
+        done
+        for job in "${jobs[@]}"; do wait "$job" || status=$?; done
         ;;
     kernels)
-        python -m inlay.bench.attention_gpu --seconds 220 --output "$out/attention_gpu.jsonl"
-        python -m inlay.bench.products_gpu --seconds 200 --output "$out/products_gpu.jsonl"
+        timeout 250 python -m inlay.bench.attention_gpu --seconds 200 \
+            --output "$out/attention_gpu.jsonl" || status=$?
+        timeout 220 python -m inlay.bench.products_gpu --seconds 180 \
+            --output "$out/products_gpu.jsonl" || status=$?
         ;;
     e2e-1b)
-        python -m inlay.bench.end_to_end_gpu --shape llama-3.2-1b --seconds 420 \
-            --output "$out/end_to_end_gpu.jsonl"
+        timeout 470 python -m inlay.bench.end_to_end_gpu --shape llama-3.2-1b --seconds 400 \
+            --output "$out/end_to_end_gpu.jsonl" || status=$?
         ;;
     e2e-8b)
-        python -m inlay.bench.end_to_end_gpu --shape llama-3.1-8b --seconds 400 \
-            --quantization fp8 none --output "$out/end_to_end_gpu.jsonl"
+        timeout 475 python -m inlay.bench.end_to_end_gpu --shape llama-3.1-8b --seconds 400 \
+            --quantization fp8 none --output "$out/end_to_end_gpu.jsonl" || status=$?
         ;;
     *)
         echo "unknown part $part: tests, kernels, e2e-1b or e2e-8b" >&2
-        exit 2
+        status=2
         ;;
 esac
+exit $status

@@ -211,3 +211,48 @@ def test_padding_does_not_touch_a_requests_token(monkeypatch: pytest.MonkeyPatch
     sampler.last_tokens.fill_(-7)
     dispatcher.forward(step)
     assert sampler.last_tokens.tolist() == [-7] * 6
+
+
+def test_steps_that_the_host_padded_are_taken_as_they_are() -> None:
+    """And give what the graph's own padding gives."""
+    model, dispatcher = make()
+    given = [request(7 + i, i, 3 * i) for i in range(3)]
+    size = LIMITS.block_size
+    padded = build_step(
+        FlatRequests.of(given, size), size, num_tokens=8, num_requests=6, num_logits=6
+    )
+    found = []
+    for step in (build(given), padded):
+        logits = dispatcher.forward(step)[:3].clone()
+        run = model.steps[-1]
+        names = ("seq_lens", "query_start_loc", "slot_mapping")
+        found.append([logits, *(getattr(run, name).clone() for name in names)])
+    for own, taken in zip(*found, strict=True):
+        assert torch.equal(own, taken)
+    assert model.steps[-1].input_ids.tolist() == [7, 8, 9, 9], "as the host padded it"
+    assert dispatcher.num_replayed == 2
+
+
+def test_warming_up_runs_every_kind_of_step() -> None:
+    model = FakeModel()
+    model.allocate_kv_cache(20)
+    sampler = sampler_module.Sampler(6, model.device)
+    seen: list[tuple[int, torch.dtype]] = []
+
+    def op(logits: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append((len(logits), logits.dtype))
+        return draw_all(logits, *rest)
+
+    sampler._op = op
+    dispatcher = Dispatcher(model, replace(LIMITS, max_num_seqs=6), sampler)
+    dispatcher.capture()
+    model.steps.clear()
+    assert dispatcher.warm_up(num_logits=8) == 0, "on a CPU no memory is measured"
+    sizes = [len(step.input_ids) for step in model.steps]
+    assert sizes[0] == LIMITS.max_num_tokens
+    assert {len(step.logits_indices) for step in model.steps} >= {2, 4, 8}
+    assert {step.block_tables.shape[2] for step in model.steps} == {1, WIDTH}
+    assert {(len(step.input_ids), len(step.seq_lens)) for step in model.steps} >= {(6, 6), (12, 6)}
+    assert {rows for rows, _ in seen} >= {2, 4, 8}
+    assert torch.float32 in {dtype for _, dtype in seen}
+    assert sampler.last_tokens.tolist() == [0] * 6, "no request's token is touched"

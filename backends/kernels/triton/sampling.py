@@ -105,7 +105,7 @@ def _mass(row, vocab, above, last_code, peak, temperature, log_min_p, BLOCK: tl.
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])  # rows of one tensor, any offset
 def draw_kernel(
     logits,
     slots,
