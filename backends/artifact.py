@@ -48,6 +48,15 @@ SHARD_BYTES = 128 << 20
 """Small shards: packing weights at load maps one shard at a time."""
 
 
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file with the rights of any other new file: the library lets its user alone
+    read it."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(dict(tensors), path)
+    path.chmod(mode)
+
+
 def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -90,7 +99,7 @@ def write_weights(directory: Path, tensors: Iterable[tuple[str, torch.Tensor]]) 
     def flush() -> None:
         nonlocal size, number
         if shard:
-            save_file(shard, folder / f"{number:05d}.safetensors")
+            save_tensors(shard, folder / f"{number:05d}.safetensors")
             shard.clear()
             storages.clear()
             size, number = 0, number + 1
@@ -154,16 +163,22 @@ class Artifact:
     check_weights: hash the weight files too (seconds per GB); code and graphs always are.
 
     Raises:
-        ArtifactError: not an artifact, another format version, a file missing, truncated,
-            edited or added; the message names the file and the command that rebuilds it.
+        ArtifactError: not an artifact, another format version, a file missing, unreadable,
+            truncated, edited or added; the message names the file and the command that rebuilds it.
     """
 
     def __init__(self, path: str | os.PathLike[str], check_weights: bool = False) -> None:
         self.path = Path(path)
-        self.manifest = self._read_manifest()
-        self._check_files(check_weights)
-        self.program = self._parse("program.json", Program.from_json)
-        self.recipes: dict[str, Any] = self._parse("recipe.json", dict)
+        try:
+            self.manifest = self._read_manifest()
+            self._check_files(check_weights)
+            self.program = self._parse("program.json", Program.from_json)
+            self.recipes: dict[str, Any] = self._parse("recipe.json", dict)
+        except OSError as error:
+            raise ArtifactError(
+                f"artifact {self.path} cannot be read: {error}; whoever runs it must be allowed to "
+                "read all of its files"
+            ) from error
 
     def _read_manifest(self) -> dict[str, Any]:
         file = self.path / MANIFEST

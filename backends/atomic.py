@@ -102,6 +102,9 @@ def _take(target: Path) -> tuple[Path, int]:
             if is_ours:  # not every file system shows locks of other hosts
                 shutil.rmtree(path, ignore_errors=True)
         prefix = f"{begin}{platform.node()}-{os.getpid()}-"
+        longest = f"{prefix}{'x' * 8}{ASIDE}"
+        if len(os.fsencode(longest)) > os.pathconf(target.parent, "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), longest)
         directory = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
         lock = os.open(directory, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from inlay.backends.cache import cache_dir
+from inlay.backends.select import BACKENDS
 from inlay.bench import conditions
 from inlay.bench.peers.check import save_checkpoint
 from inlay.bench.peers.environments import ENVIRONMENTS, peer_python
@@ -36,6 +38,7 @@ from inlay.bench.peers.systems import QUANTIZATIONS, Workplace, systems_of
 from inlay.bench.peers.workloads import Workload, make_workloads
 from inlay.bench.shapes import SHAPES
 from inlay.errors import BuildError, OptionError
+from inlay.passes.quantize.config import parse_quantization
 
 STARTUP = "startup"
 WORKLOADS = ("offline", "decode", "prefill", STARTUP)
@@ -74,20 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit status 1 where one of our own systems failed, or gave wrong tokens."""
-    check_choices("workloads", arguments.workloads, WORKLOADS)
-    check_choices("precisions", arguments.precisions, tuple(QUANTIZATIONS))
-    check_choices("peers", arguments.peers, tuple(ENVIRONMENTS))
-    conditions.check_output(arguments.output)
+    check(arguments)
     torch.set_num_threads(arguments.threads)
     directory = arguments.peers_dir or cache_dir() / "peers"
     checkpoint = Path(arguments.model)
     if arguments.model in SHAPES:
         checkpoint = save_checkpoint(arguments.model, directory / "models" / arguments.model)
-    elif not (checkpoint / "config.json").is_file():
-        raise OptionError(
-            f"model must be a checkpoint's directory or one of {', '.join(SHAPES)}, got "
-            f"{arguments.model!r}"
-        )
+    vocab_size_of(checkpoint, arguments.model)
     pythons, missing = environments(arguments.peers, directory)
     place = Workplace(checkpoint, directory, arguments.threads, pythons)
     results, ours_failed = [], False
@@ -104,6 +100,43 @@ def run(arguments: argparse.Namespace) -> int:
     return int(ours_failed)
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raises OptionError for what would fail, or be left out, after minutes."""
+    check_choices("workloads", arguments.workloads, WORKLOADS)
+    check_choices("precisions", arguments.precisions, tuple(QUANTIZATIONS))
+    check_choices("peers", arguments.peers, tuple(ENVIRONMENTS), least=0)
+    check_choices("backends", arguments.backends, tuple(BACKENDS))
+    known = [one for precision in arguments.precisions for one in QUANTIZATIONS[precision]]
+    formats = [
+        config.format for config in map(parse_quantization, arguments.quantization) if config
+    ]
+    check_choices("quantization's format", formats, tuple(known), least=0)
+    for name in ("threads", "repeats", "check_requests", "limit"):
+        value, flag = getattr(arguments, name), name.replace("_", "-")
+        if not (value > 0 and math.isfinite(value)):
+            raise OptionError(f"--{flag} must be above 0, got {value}")
+    for path in filter(None, (arguments.output, arguments.svg)):
+        conditions.check_output(path)
+    if arguments.peers_dir is not None:
+        try:
+            arguments.peers_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(
+                f"--peers-dir {arguments.peers_dir} cannot be made: {error}"
+            ) from None
+
+
+def vocab_size_of(checkpoint: Path, model: str) -> int:
+    """Raises OptionError for what is no checkpoint."""
+    try:
+        return int(json.loads((checkpoint / "config.json").read_text())["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError(
+            f"model must be a checkpoint's directory, with the vocab_size in its config.json, or "
+            f"one of {', '.join(SHAPES)}, got {model!r} ({type(error).__name__}: {error})"
+        ) from None
+
+
 def measure(arguments: argparse.Namespace, place: Workplace, precision: str) -> Session:
     peers = [peer for peer in arguments.peers if peer in place.pythons]
     systems = systems_of(precision, peers, arguments.backends, arguments.quantization)
@@ -117,8 +150,7 @@ def measure(arguments: argparse.Namespace, place: Workplace, precision: str) -> 
 
 
 def chosen_workloads(arguments: argparse.Namespace, checkpoint: Path) -> list[Workload]:
-    config = json.loads((checkpoint / "config.json").read_text())
-    known = make_workloads(config["vocab_size"])
+    known = make_workloads(vocab_size_of(checkpoint, arguments.model))
     return [known[name] for name in arguments.workloads if name != STARTUP] or [known["decode"]]
 
 
@@ -154,7 +186,9 @@ def report(
         print(json.dumps(line))
 
 
-def check_choices(name: str, given: list[str], allowed: tuple[str, ...]) -> None:
+def check_choices(name: str, given: list[str], allowed: tuple[str, ...], least: int = 1) -> None:
+    if len(given) < least or len(set(given)) < len(given):
+        raise OptionError(f"{name} must be some of {', '.join(allowed)}, each once, got {given}")
     if unknown := [choice for choice in given if choice not in allowed]:
         raise OptionError(f"{name} must be among {', '.join(allowed)}, got {', '.join(unknown)}")
 

@@ -58,7 +58,7 @@ def _items(source: Any, num_parts: int) -> tuple[str, Iterator[tuple[str, Any]]]
         return "calibration", ((f"calibration[{i}]", item) for i, item in enumerate(source))
     try:
         text = Path(source).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise OptionError(f"calibration file {source!r} cannot be read: {error}") from None
     if Path(source).suffix in JSON_LINES:
         return source, _json_lines(source, text)
@@ -74,7 +74,7 @@ def _json_lines(file: str, text: str) -> Iterator[tuple[str, Any]]:
             place = f"{file}, line {number}"
             try:
                 item = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise OptionError(f"{place}: not JSON ({error}); a line must be {FORMS}") from None
             if not isinstance(item, dict):
                 raise OptionError(f"{place}: a line must be {FORMS}, got {line[:80]!r}")

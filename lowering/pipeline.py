@@ -10,6 +10,7 @@ import json
 import logging
 import platform
 import shlex
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ from inlay.lowering.loading import Source, dtype_name, load_pooling, load_source
 from inlay.lowering.options import CompileOptions, check_against_model
 from inlay.lowering.partition import partition
 from inlay.lowering.quantization import (
+    check_ignored,
     check_unquantized,
     make_plan,
     sure_schemes,
@@ -80,6 +82,9 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str], None]
 
+ONE_AT_A_TIME = threading.RLock()
+"""torch.export, and transformers while a model is loaded, patch what the whole process shares."""
+
 
 class Phases:
     """Times the phases of a build and tells them to whoever watches."""
@@ -103,7 +108,7 @@ def lower(
     tokenizer: Any = None,
     progress: Progress = logger.info,
 ) -> Path:
-    """Compile a model into an artifact at target; returns target.
+    """Compile a model into an artifact at target; returns target. Threads wait for each other.
 
     model: a transformers causal LM, a directory, a hub id or "demo". tokenizer: for a model in
     memory, its tokenizer or a directory or hub id that has it. progress gets a line per phase.
@@ -113,7 +118,7 @@ def lower(
         VerificationError: the result does not compute what Hugging Face computes.
     """
     backend = get_backend(options.backend)
-    with claimed(target) as claim:
+    with claimed(target) as claim, ONE_AT_A_TIME:
         _lower(model, claim, backend, options, tokenizer, Phases(progress))
     return target
 
@@ -216,6 +221,7 @@ def _load(model: Any, backend: Backend, options: CompileOptions, tokenizer: Any)
 
     source = load_source(model, options.dtype, tokenizer, options.trust_remote_code, look)
     check_unquantized(config, source)
+    check_ignored(config, source)
     schemes, is_stored = sure_schemes(config, source), source.stored is not None
     dtype = dtype_name(source.model.dtype)
     backend.check_early(Known(dtype=dtype, schemes=schemes, is_stored=is_stored, **own))
@@ -258,6 +264,10 @@ def quantize(
     captured.sources = {**captured.sources, **plan.given}
     before = copy_graph(captured.graph)
     reports = run_passes(captured.graph, [quantization(plan)], every_pass)
+    if not any(report.matches for report in reports):
+        logger.warning(
+            "no layer of %s was quantized: all are left out, or of odd sizes", source.name
+        )
     references = quantized_references(
         before, captured.graph, references, check, plan is source.stored
     )

@@ -39,6 +39,20 @@ def check_unquantized(quantization: Any, source: Source) -> None:
         )
 
 
+def check_ignored(quantization: Any, source: Source) -> None:
+    """Raises OptionError for a pattern of layers to leave out that means none of the model's."""
+    if quantization == NONE:
+        return
+    names = [name for name, _ in source.model.named_modules()]
+    names += [name.removesuffix(".weight") for name, _ in source.model.named_parameters()]
+    if unmatched := quantization.unmatched(names):
+        linear = [n for n, m in source.model.named_modules() if isinstance(m, LINEARS)]
+        raise OptionError(
+            f"quantization: the ignore pattern {unmatched[0]!r} means no layer of {source.name}, "
+            f"whose layers are {', '.join([*linear[:3], '...', *linear[-1:]])}"
+        )
+
+
 def sure_schemes(config: Any, source: Source | None = None) -> tuple[Scheme, ...]:
     """Schemes that layers will have for certain, as far as a config alone can tell, or with the
     model of a source too. Fewer than there are is no harm, what refuses them then does so later."""

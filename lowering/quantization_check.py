@@ -115,7 +115,8 @@ class _LayerCheck(Interpreter):
         before = self._expected[name]
         error = _median_error(before, result)
         limit, advice = self._limit(n, scheme, before.dtype)
-        if not error <= limit:
+        # Static scales: an output of zeros is off by 1, which no rounding is.
+        if not (error < limit if scheme.static else error <= limit):
             raise VerificationError(
                 f"quantization spoils layer {module_of(n)}: in the median token its output is off "
                 f"by {error:.2g} of its size, allowed is {limit:.2g} for {scheme}; {advice}"

@@ -29,7 +29,7 @@ from inlay.backends.atomic import Claim, claimed
 from inlay.backends.base import ModelLimits
 from inlay.backends.prune import copy_without, describe, files_with_weights
 from inlay.backends.select import get_backend
-from inlay.errors import ModelLoadError
+from inlay.errors import ArtifactError, ModelLoadError, OptionError
 from inlay.lowering.capture import REFERENCE, build_shell
 from inlay.lowering.export import Captured
 from inlay.lowering.guards import (
@@ -43,6 +43,7 @@ from inlay.lowering.loading import Source, load_source, load_tokenizer
 from inlay.lowering.options import CompileOptions
 from inlay.lowering.partition import partition
 from inlay.lowering.pipeline import (
+    ONE_AT_A_TIME,
     Phases,
     Progress,
     build_settings,
@@ -90,8 +91,16 @@ def refit(
         BuildError: target cannot be written, or holds something else.
     """
     given = {**artifact.manifest["options"], **({} if verify is None else {"verify": verify})}
-    options = CompileOptions(**{**given, "trust_remote_code": trust_remote_code})
-    with claimed(target) as claim:
+    try:
+        options = CompileOptions.from_kwargs({**given, "trust_remote_code": trust_remote_code})
+    except OptionError as error:
+        if verify is not None:
+            raise
+        raise ArtifactError(
+            f"artifact {artifact.path} was built by another Inlay, with options that this one does "
+            f"not know: {error}; rebuild it: {artifact.manifest['rebuild']}"
+        ) from error
+    with claimed(target) as claim, ONE_AT_A_TIME:
         phase = Phases(progress)
         with phase("load"):
             dtype = artifact.manifest["dtype"]

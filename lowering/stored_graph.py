@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
-from inlay.backends.artifact import CONSTANTS, GRAPH, Artifact, write_json
+from inlay.backends.artifact import CONSTANTS, GRAPH, Artifact, save_tensors, write_json
 from inlay.backends.graph_json import graph_from_json, graph_to_json
 from inlay.lowering.export import Captured
 from inlay.passes.graph import fake, module_of, placeholder_key, refresh_val, symbolic_size
@@ -51,7 +51,7 @@ def write_graph(directory: Path, captured: Captured, model: PreTrainedModel) -> 
     }
     write_json(directory / GRAPH, data)
     constants = {n: captured.sources[n].contiguous().clone() for n in needed if n not in own}
-    save_file(constants, directory / CONSTANTS)
+    save_tensors(constants, directory / CONSTANTS)
 
 
 def needed_of(gm: GraphModule) -> list[str]:

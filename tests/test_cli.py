@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,27 @@ def test_an_interrupt_is_status_130(
     monkeypatch.setattr("inlay.cli.inspect.run", interrupted)
     assert main(["inspect", "x"]) == 130
     assert capsys.readouterr().err == "inlay inspect: interrupted\n"
+
+
+def test_termination_is_an_interrupt_with_status_143(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that temporary directories and processes are put away."""
+    before, ended = signal.getsignal(signal.SIGTERM), []
+
+    def waits(arguments: argparse.Namespace) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        finally:
+            ended.append(True)
+        return 0
+
+    monkeypatch.setattr("inlay.cli.inspect.run", waits)
+    assert main(["inspect", "x"]) == 143
+    assert ended
+    assert capsys.readouterr().err == "inlay inspect: terminated\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_our_own_faults_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -322,6 +323,29 @@ def test_an_artifact_replaces_an_artifact(engine: Engine, tmp_path: Path) -> Non
     with pytest.raises(BuildError, match="lies inside the artifact"):
         other.save(other.path / "copy")
     assert Engine.load(other.path).manifest == other.manifest
+
+
+@pytest.mark.parametrize("harm", ["missing", "added"])
+def test_what_was_damaged_since_replaces_nothing(harm: str, engine: Engine, tmp_path: Path) -> None:
+    good = engine.save(tmp_path / "good")
+    source = engine.save(tmp_path / "source")
+    if harm == "missing":
+        (source.path / "graph.json").unlink()
+    else:
+        (source.path / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"graph.json is missing|notes.txt is not of this"):
+        source.save(good.path)
+    assert Engine.load(good.path, check_weights=True).manifest == engine.manifest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "source"]
+
+
+def test_threads_that_compile_at_once() -> None:
+    models = [build_toy(name, layers=1) for name in ("llama", "qwen2", "llama")]
+    with ThreadPoolExecutor(3) as pool:
+        built = pool.map(lambda m: compile_model(m, "eager", verify="capture"), models)
+        names = [engine.manifest["architecture"] for engine in built]
+    assert names == ["llama", "qwen2", "llama"]
+    assert compile_model(models[1], "eager").manifest["architecture"] == "qwen2"
 
 
 def test_backends_that_an_artifact_does_not_have(engine: Engine) -> None:

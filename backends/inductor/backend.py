@@ -113,7 +113,7 @@ class InductorBackend(Backend):
 
     def load(self, artifact: Artifact) -> ProgramModel:
         """Load packages and pack weights, shard by shard; needs no compiler."""
-        if artifact.manifest["target"]["device"] == CUDA:
+        if artifact.manifest["target"].get("device") == CUDA:
             return cuda.load(artifact, PACKAGE)
         _check_target(artifact)
         load_ops(artifact.path / OPS)

@@ -50,6 +50,11 @@ class TensorRTBackend(Backend):
         library = find(known.library)
         check_target(library, known.target)
         require("onnx", "onnxscript", extra=library.name.replace("_", "-"))
+        if known.target == "sm75" and known.dtype == "bfloat16":
+            raise UnsupportedModelError(
+                "target 'sm75' (Turing) has no bfloat16, which the model is in; give "
+                "dtype='float16', or a target from sm80 on"
+            )
         reasons = [scheme_refusal(scheme, known) for scheme in known.schemes]
         if known.fallback != "inductor" and (found := "; ".join(filter(None, reasons))):
             raise UnsupportedModelError(f"quantization is not possible so: {found}; {WAYS_OUT}")

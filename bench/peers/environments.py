@@ -73,17 +73,33 @@ def peer_python(peer: str, peers_dir: Path) -> Path:
     directory = peers_dir / peer
     python, marker = directory / "bin" / "python", directory / MARKER
     pins = list(environment.packages)
-    if marker.is_file() and json.loads(marker.read_text())["packages"] == pins:
-        return python
-    marker.unlink(missing_ok=True)
-    if not python.exists():
+    try:
+        if os.access(python, os.X_OK) and _noted(marker) == pins:
+            return python
+        marker.unlink(missing_ok=True)
+        return _make(peer, directory, environment)
+    except OSError as error:
+        raise BuildError(f"peer {peer}: its environment {directory}: {error}") from error
+
+
+def _noted(marker: Path) -> object:
+    """The packages that an environment was made with; None where it says nothing."""
+    try:
+        return json.loads(marker.read_text())["packages"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _make(peer: str, directory: Path, environment: Environment) -> Path:
+    python, pins = directory / "bin" / "python", list(environment.packages)
+    if not os.access(python, os.X_OK):
         _call([sys.executable, "-m", "venv", str(directory)], environment, peer)
     _refuse_cuda(python, environment, peer)
     _call([str(python), "-m", "pip", "install", "-q", *pins], environment, peer)
     if environment.unwanted:
         pip = [str(python), "-m", "pip", "uninstall", "-q", "-y"]
         _call([*pip, *environment.unwanted], environment, peer)
-    marker.write_text(json.dumps({"packages": pins}))
+    (directory / MARKER).write_text(json.dumps({"packages": pins}))
     return python
 
 

@@ -120,9 +120,12 @@ class Workplace:
         log = self.log(system, "prepare")
         begin = time.perf_counter()
         with log.open("wb") as output:
-            status = subprocess.run(
-                command, env=self.environment(system), stdout=output, stderr=subprocess.STDOUT
-            ).returncode
+            try:
+                status = subprocess.run(
+                    command, env=self.environment(system), stdout=output, stderr=subprocess.STDOUT
+                ).returncode
+            except OSError as error:
+                raise WorkerError(f"its model could not be prepared: {error}") from error
         if status:
             told = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
             raise WorkerError(f"its model could not be prepared (status {status}): {told}")

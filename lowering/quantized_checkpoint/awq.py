@@ -7,7 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from inlay.lowering.quantized_checkpoint.format import Facts, Format, check_choice, check_shape
+from inlay.lowering.quantized_checkpoint.format import (
+    FLOATS,
+    Facts,
+    Format,
+    check_choice,
+    check_shape,
+    check_type,
+    check_words,
+)
 from inlay.lowering.quantized_checkpoint.layer import Stored, unpack
 
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -34,6 +42,9 @@ class AWQ(Format):
 
     def read(self, module: str, tensors: Mapping[str, Tensor]) -> Stored:
         qweight, scales = tensors["qweight"], tensors["scales"]
+        for part in ("qweight", "qzeros"):
+            check_words(f"{module}.{part}", tensors[part])
+        check_type(f"{module}.scales", scales, *FLOATS)
         size, rows = qweight.shape[0], qweight.shape[1] * 8
         check_shape(f"{module}.scales", scales, (len(scales), rows))
         check_shape(f"{module}.qzeros", tensors["qzeros"], (len(scales), qweight.shape[1]))

@@ -12,10 +12,13 @@ from torch import Tensor
 from inlay.errors import ModelLoadError
 from inlay.lowering.quantized_checkpoint.format import (
     DYNAMIC_PER_TENSOR,
+    FLOATS,
+    INTEGERS,
     Facts,
     Format,
     block_scales,
     check_choice,
+    check_scales,
     check_shape,
     check_type,
     one_number,
@@ -32,7 +35,6 @@ FORMATS = (
     "mixed-precision",
 )
 WEIGHTS = ("4-bit int", "8-bit int", "8-bit float")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CompressedTensors(Format):
@@ -128,11 +130,15 @@ class CompressedTensors(Format):
         if packed is not None:
             if "weight_shape" not in tensors:
                 raise ModelLoadError(f"tensor {module}.weight_shape is missing")
+            check_shape(f"{module}.weight_shape", tensors["weight_shape"], (2,))
             rows, size = (int(n) for n in tensors["weight_shape"])
+            check_type(f"{module}.weight_packed", packed, torch.int32)
             check_shape(f"{module}.weight_packed", packed, (rows, -(-size * bits // 32)))
             return Stored(signed(unpack(packed, bits)[:, :size], bits), scale)
         weight, is_float = tensors["weight"], weights.get("type") == "float"
         check_type(f"{module}.weight", weight, torch.float8_e4m3fn if is_float else torch.int8)
+        if weight.dim() != 2:
+            raise ModelLoadError(f"tensor {module}.weight is {list(weight.shape)}, expected [N, K]")
         return Stored((weight + 8).view(torch.uint8) if bits == 4 else weight, scale)
 
     def _zeros(
@@ -177,11 +183,18 @@ class CompressedTensors(Format):
         check_choice(f"static activations of {module} by", strategy, ("tensor",))
         if "input_scale" not in tensors:
             raise ModelLoadError(f"tensor {module}.input_scale is missing")
-        stored.input_scale = one_number(f"{module}.input_scale", tensors["input_scale"]).float()
+        name = f"{module}.input_scale"
+        check_type(name, tensors["input_scale"], *FLOATS)
+        stored.input_scale = check_scales(name, one_number(name, tensors["input_scale"]).float())
         if not stored.activation_symmetric:
             if "input_zero_point" not in tensors:
                 raise ModelLoadError(f"tensor {module}.input_zero_point is missing")
             zero = one_number(f"{module}.input_zero_point", tensors["input_zero_point"])
+            check_type(f"{module}.input_zero_point", zero, torch.int8, *INTEGERS)
+            if not -128 <= int(zero) <= 127:
+                raise ModelLoadError(
+                    f"tensor {module}.input_zero_point is {int(zero)}, expected -128 to 127"
+                )
             stored.input_zero = zero.to(torch.int32)
 
 

@@ -82,10 +82,31 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
         )
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+
+
 def check_type(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
     if tensor.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise ModelLoadError(f"tensor {name} is {tensor.dtype}, expected {names}")
+
+
+def check_words(name: str, words: Tensor) -> None:
+    """Raises ModelLoadError for what is no matrix of numbers packed into int32."""
+    check_type(name, words, torch.int32)
+    if words.dim() != 2:
+        raise ModelLoadError(f"tensor {name} is {list(words.shape)}, expected two dimensions")
+
+
+def check_scales(name: str, scales: Tensor) -> Tensor:
+    """Raises ModelLoadError where scales of activations are not above 0 and finite."""
+    if not bool(((scales > 0) & scales.isfinite()).all()):
+        raise ModelLoadError(
+            f"tensor {name} holds {scales.flatten()[0].item():g}: a scale must be above 0 and "
+            "finite; the checkpoint is damaged"
+        )
+    return scales
 
 
 def one_number(name: str, tensor: Tensor) -> Tensor:

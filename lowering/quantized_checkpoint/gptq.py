@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from inlay.errors import ModelLoadError
-from inlay.lowering.quantized_checkpoint.format import Facts, Format, check_choice, check_shape
+from inlay.lowering.quantized_checkpoint.format import (
+    FLOATS,
+    INTEGERS,
+    Facts,
+    Format,
+    check_choice,
+    check_shape,
+    check_type,
+    check_words,
+)
 from inlay.lowering.quantized_checkpoint.layer import Stored, signed, unpack
 
 
@@ -41,6 +50,12 @@ class GPTQ(Format):
         qweight, scales = tensors["qweight"], tensors["scales"]
         groups = tensors.get("g_idx")
         bits = int(self.facts["bits"])
+        for part in ("qweight", "qzeros"):
+            check_words(f"{module}.{part}", tensors[part])
+        check_type(f"{module}.scales", scales, *FLOATS)
+        if groups is not None:
+            check_type(f"{module}.g_idx", groups, *INTEGERS)
+            check_shape(f"{module}.g_idx", groups, (groups.numel(),))
         if groups is not None and len(qweight) * 32 != len(groups) * bits:
             # GPTQModel may give a layer bits of its own (its setting "dynamic").
             bits = len(qweight) * 32 // max(len(groups), 1)

@@ -13,6 +13,7 @@ from inlay.lowering.quantized_checkpoint.format import (
     Format,
     block_scales,
     check_choice,
+    check_scales,
     check_shape,
     check_type,
     one_number,
@@ -56,5 +57,6 @@ class ModelOpt(Format):
         scales = one_number(name, scale).expand(1, len(weight))
         if "input_scale" not in tensors:
             raise ModelLoadError(f"tensor {module}.input_scale is missing")
-        static = one_number(f"{module}.input_scale", tensors["input_scale"]).float()
+        name = f"{module}.input_scale"
+        static = check_scales(name, one_number(name, tensors["input_scale"]).float())
         return Stored(weight, scales, activation="fp8", input_scale=static, per_tensor=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -102,6 +102,13 @@ class QuantizationConfig:
             raise OptionError(
                 f"quantization: ignore must be a list of patterns of names, got {self.ignore!r}"
             )
+        for pattern in self.ignore:
+            _check_pattern(pattern)
+        if isinstance(self.calibration, str) and set(self.calibration) & {",", "\0"}:
+            raise OptionError(
+                "quantization: calibration must be a file whose name has no comma (a comma ends a "
+                f"setting), got {self.calibration!r}; rename it, or give the texts themselves"
+            )
         if isinstance(self.calibration, bool | int | float | bytes | Mapping):
             raise OptionError(
                 "quantization: calibration must be a file, or an iterable of texts, got "
@@ -121,7 +128,8 @@ class QuantizationConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise OptionError(f"quantization: {name} must be an integer >= 1, got {value!r}")
-        if not isinstance(self.smoothing, int | float) or not 0 <= self.smoothing <= 1:
+        is_number = isinstance(self.smoothing, int | float) and self.smoothing is not True
+        if not is_number or not 0 <= self.smoothing <= 1:
             raise OptionError(
                 f"quantization: smoothing must be from 0 to 1, got {self.smoothing!r}"
             )
@@ -175,10 +183,18 @@ class QuantizationConfig:
 
     @property
     def head(self) -> Scheme | None:
-        """The LM head's scheme, rounded to nearest; None where it stays as it is."""
+        """The LM head's scheme, rounded to nearest; None where it stays as it is. Its activation
+        scales are dynamic, so that where those of the layers are static "auto" is weights alone."""
         chosen = {"w8a8": "w8a8", "fp8": NONE}.get(self.format, "w8a16")
+        if chosen == "w8a8" and self.activation_scales == "static":
+            chosen = "w8a16"
         chosen = chosen if self.lm_head == "auto" else self.lm_head
         return None if chosen == NONE else QuantizationConfig(format=chosen).layers
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Those patterns of ignore that mean none of these modules."""
+        known = list(names)
+        return [p for p in self.ignore if not any(_matches(name, p) for name in known)]
 
     def ignores(self, names: list[str]) -> bool:
         """Whether a weight made of these weights of the checkpoint is to be left as it is."""
@@ -212,8 +228,12 @@ def parse_quantization(value: Any) -> QuantizationConfig | None:
         return None if value == NONE else value
     if isinstance(value, str):
         format_, *rest = value.split(",")
-        named = dict(_parse_item(item) for item in rest)
-        return _from_mapping({"format": format_, **named})
+        items = [_parse_item(item) for item in rest]
+        names = ["format", *(name for name, _ in items)]
+        for name in names:
+            if names.count(name) > 1:
+                raise OptionError(f"quantization: {name} is there twice in {value!r}; keep one")
+        return _from_mapping({"format": format_, **dict(items)})
     if isinstance(value, Mapping):
         return _from_mapping(value)
     raise OptionError(
@@ -256,6 +276,21 @@ def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         words = ", ".join("None" if choice is None else str(choice) for choice in allowed)
         raise OptionError(f"quantization: {name} must be one of {words}, got {value!r}")
+
+
+def _check_pattern(pattern: str) -> None:
+    """A manifest holds all patterns as one string, which their separators would break."""
+    wrong = "holds | or a comma, which end a pattern" if set(pattern) & {"|", ","} else ""
+    if not wrong and pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            wrong = f"is no regular expression ({error}); | ends a pattern, too"
+    if wrong:
+        raise OptionError(
+            f"quantization: the ignore pattern {pattern!r} {wrong}; give each alternative as a "
+            "pattern of its own"
+        )
 
 
 def _matches(module: str, pattern: str) -> bool:

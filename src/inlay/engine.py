@@ -124,6 +124,7 @@ class Engine:
         ONNX model always are copied, since onnx reads no data from links.
 
         Raises:
+            ArtifactError: files of this one were changed or are gone.
             BuildError: the directory holds something else, or cannot be written.
         """
         self._check_present()
@@ -139,6 +140,7 @@ class Engine:
                 else:
                     place.parent.mkdir(parents=True, exist_ok=True)
                     _link_or_copy(file, place, may_link)
+            Artifact(directory)  # what was damaged since it was opened replaces nothing
         return Engine(Artifact(target), self.backend)
 
     def prune(self, path: str | os.PathLike[str]) -> Engine:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
+import stat
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +62,28 @@ def flip(file: Path, at: int = -1) -> None:
 
 def first(path: Path, pattern: str) -> Path:
     return sorted(path.glob(pattern))[0]
+
+
+def test_files_have_the_rights_of_any_new_file(tmp_path: Path) -> None:
+    options = CompileOptions(backend="eager", verify="capture")
+    before = os.umask(0o027)
+    try:
+        path = build(build_toy("llama", layers=1), tmp_path / "engine", options).path
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.rglob("*") if file.is_file()} == {
+        0o640
+    }
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(module, "file_sha256", refused)
+    refuse(copied, r"cannot be read: .*Permission denied: .*; whoever runs it must be allowed")
 
 
 # --- round trip ------------------------------------------------------------------------------

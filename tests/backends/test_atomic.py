@@ -7,6 +7,7 @@ import fcntl
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -70,6 +71,19 @@ def test_an_empty_directory_may_be_named(tmp_path: Path) -> None:
     (tmp_path / "engine").mkdir()
     write(tmp_path / "engine")
     assert content(tmp_path / "engine") == "new"
+
+
+def test_names_that_are_too_long_are_refused_before_the_work(tmp_path: Path) -> None:
+    for length in (200, 210, 220, 230, 240, 255, 300):
+        target, failure = tmp_path / ("x" * length), ""
+        try:
+            write(target)
+        except BuildError as error:
+            failure = str(error)
+        assert names(tmp_path) == ([] if failure else [target.name])
+        assert bool(failure) == ("too long" in failure)
+        shutil.rmtree(target, ignore_errors=True)
+    assert failure, "names of 300 characters are not possible"
 
 
 @pytest.mark.parametrize("name", ["[a]", "*", "ein Modell", ".hidden"])

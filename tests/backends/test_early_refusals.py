@@ -112,10 +112,21 @@ def test_quantization_by_option(tmp_path: Path, quantization: Any, told: str) ->
 
 
 @needs_rtx
+@pytest.mark.usefixtures("no_weights")
+def test_bfloat16_for_turing(tmp_path: Path) -> None:
+    path = config_of(tmp_path / "model", "bfloat16")
+    with pytest.raises(UnsupportedModelError, match=r"'sm75' \(Turing\) has no bfloat16.*float16"):
+        compile_model(path, "tensorrt", target="sm75")
+    with pytest.raises(ReachedError):
+        compile_model(path, "tensorrt", target="sm80")
+
+
+@needs_rtx
 @pytest.mark.parametrize(
     ("quantization", "is_refused"),
     [
-        ({"format": "w8a8", **STATIC}, True),  # the LM head's are dynamic
+        ({"format": "w8a8", "lm_head": "w8a8", **STATIC}, True),  # the LM head's are dynamic
+        ({"format": "w8a8", **STATIC}, False),
         ({"format": "w8a8", "lm_head": "w8a16", **STATIC}, False),
         ({"format": "w8a8", "ignore": "lm_head", **STATIC}, False),
         ({"format": "w8a8", "ignore": "lm_head"}, True),

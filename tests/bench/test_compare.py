@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -268,10 +269,13 @@ def test_vllms_checkpoint_is_the_same_in_int8(model: PreTrainedModel, tmp_path: 
 def test_cuda_packages_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENVIRONMENTS, "openvino", Environment(("torch",), unwanted=("x",)))
     names, calls = ["torch", "nvidia-cublas"], []
+    python = tmp_path / "openvino" / "bin" / "python"
 
     def call(command: list[str], environment: Environment, peer: str) -> None:
         calls.append(command)
-        (tmp_path / "openvino").mkdir(exist_ok=True)
+        if "venv" in command:
+            shutil.copyfile("/dev/null", python)
+            python.chmod(0o755)
         if "--report" in command:
             items = [{"metadata": {"name": name}} for name in names]
             Path(command[command.index("--report") + 1]).write_text(json.dumps({"install": items}))
@@ -282,12 +286,25 @@ def test_cuda_packages_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         peer_python("openvino", tmp_path)
     names.remove("nvidia-cublas")
     calls.clear()
-    python = peer_python("openvino", tmp_path)
-    assert python == tmp_path / "openvino" / "bin" / "python"
-    assert [command[-1] for command in calls] == [str(tmp_path / "openvino"), "torch", "torch", "x"]
+    assert peer_python("openvino", tmp_path) == python
+    assert [command[-1] for command in calls] == ["torch", "torch", "x"]
     calls.clear()
     peer_python("openvino", tmp_path)
     assert not calls
+    # What is broken is made again.
+    python.unlink()
+    peer_python("openvino", tmp_path)
+    assert [command[-1] for command in calls] == [str(tmp_path / "openvino"), "torch", "torch", "x"]
+    calls.clear()
+    (tmp_path / "openvino" / environments.MARKER).write_text("{")
+    peer_python("openvino", tmp_path)
+    assert [command[-1] for command in calls] == ["torch", "torch", "x"]
+
+
+def test_an_environment_that_cannot_be_made_is_one_peers_matter(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BuildError, match=r"peer openvino: .*file.*"):
+        peer_python("openvino", tmp_path / "file")
 
 
 def test_pip_that_fails_says_why(tmp_path: Path) -> None:
@@ -302,7 +319,17 @@ def test_pip_that_fails_says_why(tmp_path: Path) -> None:
         (["--peers", "tgi"], "peers must be among hf, .*, got tgi"),
         (["--workloads", "fast"], "workloads must be among offline, .*, got fast"),
         (["--precisions", "int3"], "precisions must be among bf16, .*, got int3"),
-        (["nowhere"], "model must be a checkpoint's directory or one of 0.5b, .* got 'nowhere'"),
+        (["nowhere"], "model must be a checkpoint's directory, .* one of 0.5b, .* got 'nowhere'"),
+        (["--peers", "hf,hf"], "peers must be some of hf, .*, each once"),
+        (["--precisions", ""], "precisions must be some of bf16, .*, each once"),
+        (["--backends", "nob"], "backends must be among inductor, .*, got nob"),
+        (["--quantization", "w8a61"], "format must be one of w8a8"),
+        (["--quantization", "fp8", "--precisions", "int8"], "format must be among .*, got fp8"),
+        (["--threads", "0"], "--threads must be above 0, got 0"),
+        (["--repeats", "0"], "--repeats must be above 0, got 0"),
+        (["--check-requests", "-1"], "--check-requests must be above 0, got -1"),
+        (["--limit", "nan"], "--limit must be above 0, got nan"),
+        (["--svg", "/nowhere/x.svg"], "/nowhere/x.svg cannot be written"),
     ],
 )
 def test_bad_arguments(words: list[str], told: str, tmp_path: Path) -> None:

@@ -71,6 +71,10 @@ def test_a_file_says_all_and_flags_win(tmp_path: Path, seen: Seen) -> None:
         ("quantization: {format: w8a8, bits: 4}", "quantization: unknown 'bits'; known are"),
         ("model: [a, b]", "model must be a text, got ['a', 'b']"),
         ("verify: capture\nverify: engine", "verify is there 2 times; keep one"),
+        (
+            "quantization: {format: w4a16, format: w8a8}",
+            "quantization.format is there 2 times; keep one",
+        ),
         ("- a\n- b", "must be a mapping of names to values, got ['a', 'b']"),
         ("a: [", "cannot be read: while parsing"),
     ],

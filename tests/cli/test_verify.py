@@ -13,7 +13,7 @@ import pytest
 from inlay.backends.eager.backend import EagerBackend
 from inlay.backends.select import BACKENDS
 from inlay.cli import main
-from inlay.cli.verify import _owner
+from inlay.cli.verify import _take_own
 from inlay.engine import build
 from inlay.errors import BuildError, OptionError
 from inlay.lowering.options import CompileOptions
@@ -187,6 +187,18 @@ def test_an_artifact_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "its num_hidden_layers is 2, the model's 1" in said
 
 
+def test_an_artifact_of_another_architecture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose config has the same sizes."""
+    for name in ("llama", "qwen3"):
+        build_toy(name, layers=1).save_pretrained(tmp_path / name)
+    artifact = str(tmp_path / "artifact")
+    assert main(["build", str(tmp_path / "llama"), "-o", artifact, "--backend", "eager"]) == 0
+    assert main(["verify", str(tmp_path / "qwen3"), "--artifact", artifact]) == 2
+    assert "its model_type is llama, the model's qwen3" in capsys.readouterr().err
+
+
 def test_a_fault_of_ours_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError
@@ -206,13 +218,17 @@ def test_a_shallower_model_keeps_every_kind_of_layer() -> None:
         with_layers(shallow, 3)
 
 
-def test_options_of_one_backend_beside_others() -> None:
-    """--backends eager,tensorrt --target sm89 is no reason to refuse eager."""
-    options = CompileOptions(backend="tensorrt", target="sm89", dtype="float16")
-    assert for_backend(options, "tensorrt") == options
-    eager = for_backend(options, "eager")
-    assert (eager.backend, eager.target, eager.dtype) == ("eager", "auto", "float16")
-    given = argparse.Namespace(backends="eager, tensorrt", target="sm89", backend="inductor")
-    assert _owner(given) == "tensorrt"
-    assert _owner(argparse.Namespace(backends="eager", target="sm89")) is None
-    assert _owner(argparse.Namespace(backends="eager,tensorrt", target="auto")) is None
+def test_options_of_one_backend_beside_others(capsys: pytest.CaptureFixture[str]) -> None:
+    """--backends eager,tensorrt --device cpu --target sm89 is no reason to refuse either."""
+    given = argparse.Namespace(target="sm89", device="cpu", library="auto", backend="inductor")
+    own = _take_own(given)
+    assert own == {"target": "sm89", "device": "cpu"}
+    assert (given.target, given.device) == ("auto", "auto")
+    options = CompileOptions(dtype="float16")
+    tensorrt, eager = (for_backend(options, name, own) for name in ("tensorrt", "eager"))
+    assert (tensorrt.target, tensorrt.device, tensorrt.dtype) == ("sm89", "auto", "float16")
+    assert (eager.target, eager.device, eager.dtype) == ("auto", "cpu", "float16")
+    for flags in (["--target", "sm89"], ["--whole"]):
+        assert main(["verify", "demo", *FEW, "--backends", "eager,inductor", *flags]) == 2
+        said = capsys.readouterr().err
+        assert "which is not among backends eager, inductor: leave it out" in said

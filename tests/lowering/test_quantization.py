@@ -144,6 +144,18 @@ def test_a_quantized_engine_may_be_as_far_from_hugging_face_as_its_graph(
     assert references.is_as_near(exact, got) is passes
 
 
+def test_a_pattern_that_means_no_layer_is_refused() -> None:
+    model = build_quantizable("llama")
+    with pytest.raises(OptionError, match=r"'\*.o_prjo' means no layer of .*, whose layers are mo"):
+        compile_model(model, "eager", quantization="w8a8,ignore=*.o_proj|*.o_prjo", **OPTIONS)
+
+
+def test_where_all_is_left_out_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = build_quantizable("llama")
+    compile_model(model, "eager", quantization="w8a16,ignore=*", verify="capture", **OPTIONS)
+    assert any("no layer of" in record.message for record in caplog.records)
+
+
 def test_what_cannot_be_asked_for_is_refused_before_the_model_is_loaded() -> None:
     with pytest.raises(OptionError, match="format must be one of"):
         compile_model("no-such-model", "eager", quantization="w3a3")

@@ -109,6 +109,51 @@ DAMAGE: dict[str, tuple[Format, Callable[[Tensors], None], str]] = {
         put("weight_scale", torch.full((64, 1), float("nan"))),
         f"holds NaN or infinity in {MODULE}.weight",
     ),
+    "gptq, words that are none": (
+        gptq(),
+        put("qweight", torch.ones(8, 64)),
+        "q_proj.qweight is torch.float32, expected int32",
+    ),
+    "gptq, zeros that are no words": (
+        gptq(),
+        put("qzeros", torch.ones(2, 8)),
+        "q_proj.qzeros is torch.float32, expected int32",
+    ),
+    "gptq, a scale of integers": (
+        gptq(),
+        put("scales", torch.ones(2, 64, dtype=torch.int32)),
+        "q_proj.scales is torch.int32, expected float32",
+    ),
+    "gptq, words in a row": (
+        gptq(),
+        put("qweight", torch.ones(512, dtype=torch.int32)),
+        r"q_proj.qweight is \[512\], expected two dimensions",
+    ),
+    "awq, words of another type": (
+        awq(),
+        put("qweight", torch.ones(64, 8, dtype=torch.int64)),
+        "q_proj.qweight is torch.int64, expected int32",
+    ),
+    "packed words that are none": (
+        packed(),
+        put("weight_packed", torch.ones(64, 8)),
+        "q_proj.weight_packed is torch.float32, expected int32",
+    ),
+    "a shape of one": (
+        packed(),
+        put("weight_shape", torch.tensor([64])),
+        r"q_proj.weight_shape is \[1\], expected \[2\]",
+    ),
+    "an input scale of zero": (
+        w8a8({"strategy": "tensor", "dynamic": False}, 0.1),
+        put("input_scale", torch.zeros(1)),
+        "q_proj.input_scale holds 0: a scale must be above 0 and finite",
+    ),
+    "an input scale below zero": (
+        modelopt(),
+        put("input_scale", torch.tensor(-0.01)),
+        "q_proj.input_scale holds -0.01: a scale must be above 0",
+    ),
     "another width": (
         awq(),
         lambda tensors: (

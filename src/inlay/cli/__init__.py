@@ -7,7 +7,9 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 
@@ -25,9 +27,28 @@ COMMANDS = {
 }
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers and containers send: what is half done is put away, as for ^C."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 when all is well, 1 when something is wrong, 2 for a wrong command line (and
-    where `verify` or `eval` could not be run, since 1 is their verdict), 130 when interrupted."""
+    where `verify` or `eval` could not be run, since 1 is their verdict), 130 when interrupted,
+    143 when terminated."""
+    try:
+        module, arguments = _parse(argv)
+    except KeyboardInterrupt:
+        print("inlay: interrupted", file=sys.stderr)
+        return 130
+    return _run(module, arguments)
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[object, argparse.Namespace]:
+    """A command's module and its flags."""
     import inlay
 
     parser = argparse.ArgumentParser(prog="inlay", description="Compile and run language models.")
@@ -45,12 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.INFO if arguments.verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
-    return _run(modules[arguments.command], arguments)
+    return modules[arguments.command], arguments
 
 
 def _run(module: object, arguments: argparse.Namespace) -> int:
     from inlay.errors import InlayError
 
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, _terminate)
     try:
         status = module.run(arguments)  # type: ignore[attr-defined]
         print(end="", flush=True)  # while a failure can still be told
@@ -60,9 +84,11 @@ def _run(module: object, arguments: argparse.Namespace) -> int:
             print(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}))
         print(f"inlay {arguments.command}: {error}", file=sys.stderr)
         return getattr(module, "ERROR_STATUS", 1)
-    except KeyboardInterrupt:
-        print(f"inlay {arguments.command}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        is_terminated = isinstance(error, Terminated)
+        word = "terminated" if is_terminated else "interrupted"
+        print(f"inlay {arguments.command}: {word}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if is_terminated else signal.SIGINT)
     except BrokenPipeError:
         # The reader of our output is gone; keep the interpreter's last flush from failing too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,3 +98,6 @@ def _run(module: object, arguments: argparse.Namespace) -> int:
             raise
         traceback.print_exc()
         return int(module.ERROR_STATUS)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

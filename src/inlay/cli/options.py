@@ -58,16 +58,28 @@ def read_config(file: str, allowed: Sequence[str], texts: Collection[str]) -> di
         raise OptionError(f"config {file} cannot be read: {error}") from None
     if not isinstance(data, dict):
         raise OptionError(f"config {file} must be a mapping of names to values, got {data!r}")
-    names = Counter(key.value for key, _ in tree.value)
-    for name, count in names.items():
+    for name in data:
         if name not in allowed:
             raise OptionError(f"config {file}: unknown {name!r}; names are {', '.join(allowed)}")
+    for name, count in _names(tree).items():
         if count > 1:
             raise OptionError(f"config {file}: {name} is there {count} times; keep one")
     for name in texts:
         if name in data and not isinstance(data[name], str):
             raise OptionError(f"config {file}: {name} must be a text, got {data[name]!r}")
     return data
+
+
+def _names(node: Any, above: str = "") -> Counter[str]:
+    """How often each name is in the YAML mapping that holds it, those of mappings within too."""
+    found: Counter[str] = Counter()
+    for place, entry in enumerate(node.value if isinstance(node.value, list) else ()):
+        if isinstance(entry, tuple):
+            name = f"{above}{entry[0].value}"
+            found += Counter([name]) + _names(entry[1], f"{name}.")
+        else:
+            found += _names(entry, f"{above}{place}.")
+    return found
 
 
 def field_help(cls: type) -> dict[str, str]:

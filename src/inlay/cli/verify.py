@@ -50,8 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.artifact is not None:
         engine = Engine.load(arguments.artifact, check_weights=True)
         arguments.backend, arguments.dtype = engine.backend, engine.manifest["dtype"]
-    if arguments.backends is not None:
-        arguments.backend = _owner(arguments) or arguments.backend
+    own = {} if arguments.backends is None else _take_own(arguments)
     options = dataclass_from_arguments(arguments, CompileOptions)
     source = _source(arguments, options)
     workload = {
@@ -62,23 +61,24 @@ def run(arguments: argparse.Namespace) -> int:
         "progress": lambda line: print(f"  {line}", file=sys.stderr, flush=True),
     }
     if arguments.backends is not None:
-        return _several(arguments, source, options, workload)
+        return _several(arguments, source, options, {**workload, "own": own})
     report = verify_model(source, options, engine=engine, **workload)
     print(json.dumps(report.to_json()) if arguments.json else "\n".join(lines(report)))
     return 0 if report.ok else 1
 
 
-def _owner(arguments: argparse.Namespace) -> str | None:
-    """A backend, of those to be run, that has an option which was given and not all have."""
+def _take_own(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given and not all backends have; they are not among the flags then."""
     from inlay.backends.base import BACKEND_OPTIONS
     from inlay.lowering.options import CompileOptions
 
-    names = [name.strip() for name in arguments.backends.split(",")]
-    for option, owners in BACKEND_OPTIONS.items():
-        given = getattr(arguments, option, None) not in (None, getattr(CompileOptions, option))
-        if given and (found := next((owner for owner in owners if owner in names), None)):
-            return found
-    return None
+    own = {}
+    for name in BACKEND_OPTIONS:
+        default = getattr(CompileOptions, name)
+        if getattr(arguments, name, None) not in (None, default):
+            own[name] = getattr(arguments, name)
+            setattr(arguments, name, default)
+    return own
 
 
 def _several(arguments: argparse.Namespace, source: Any, options: Any, workload: Any) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from inlay.backends.base import BACKEND_OPTIONS
 from inlay.engine import Engine
-from inlay.errors import InlayError
+from inlay.errors import InlayError, OptionError
 from inlay.lowering.loading import Source
 from inlay.lowering.options import CompileOptions
 from inlay.verify.report import Report, verify_model
@@ -46,23 +46,32 @@ def verify_backends(
     backends: Sequence[str],
     artifact: str | None = None,
     *,
+    own: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = logger.info,
     **workload: Any,
 ) -> list[Row]:
     """`verify_model` for each backend; workload: its prompts, num_prompts, max_tokens and seed.
 
-    artifact: verify this one's backends instead of compiling. What a backend cannot do is its
-    row's error; OptionError for a name that is no backend is raised at once.
+    artifact: verify this one's backends instead of compiling. own: options that not all backends
+    have, for those that do. What a backend cannot do is its row's error; OptionError is raised at
+    once for a name that is no backend, and for an option that none of them has.
     """
-    chosen = [for_backend(options, name) for name in dict.fromkeys(backends)]
+    own = own or {}
+    for name in own:
+        if not set(BACKEND_OPTIONS[name]) & set(backends):
+            raise OptionError(
+                f"{name} is an option of backend={' or '.join(map(repr, BACKEND_OPTIONS[name]))}, "
+                f"which is not among backends {', '.join(backends)}: leave it out"
+            )
+    chosen = [for_backend(options, name, own) for name in dict.fromkeys(backends)]
     return [_row(source, one, artifact, progress, workload) for one in chosen]
 
 
-def for_backend(options: CompileOptions, backend: str) -> CompileOptions:
-    """The same options, but for those that only another backend has."""
-    foreign = [name for name, owners in BACKEND_OPTIONS.items() if backend not in owners]
-    defaults = {name: getattr(CompileOptions, name) for name in foreign}
-    return replace(options, backend=backend, **defaults)
+def for_backend(options: CompileOptions, backend: str, own: Mapping[str, Any]) -> CompileOptions:
+    """The same options, with those of its own that this backend has."""
+    has = {name: value for name, value in own.items() if backend in BACKEND_OPTIONS[name]}
+    defaults = {name: getattr(CompileOptions, name) for name in BACKEND_OPTIONS}
+    return replace(options, backend=backend, **{**defaults, **has})
 
 
 def _row(

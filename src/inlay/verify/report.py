@@ -167,7 +167,8 @@ def _compile(source: Source, options: CompileOptions, progress: Callable[[str], 
 
 def _check_engine(engine: Engine, source: Source, dtype: str) -> None:
     given = source.model.config
-    theirs, ours = given.to_dict(), type(given).from_dict(engine.model_config).to_dict()
+    theirs, ours = given.to_dict(), type(given).from_dict(dict(engine.model_config)).to_dict()
+    ours["model_type"] = engine.model_config.get("model_type")  # from_dict takes the class's
     for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
         if theirs.get(name) != ours.get(name):
             raise OptionError(

@@ -50,6 +50,7 @@ def test_a_string_gives_the_layers_scheme_and_back(text: str, scheme: Scheme) ->
     ("text", "head"),
     [
         ("w8a8", Scheme("int8", "int8")),
+        ("w8a8,activation_scales=static,calibration=x", Scheme("int8")),
         ("w4a16", Scheme("int8")),
         ("fp8", None),
         ("w8a8,lm_head=none", None),
@@ -82,6 +83,16 @@ def test_the_lm_head_has_a_format_of_its_own(text: str, head: Scheme | None) -> 
         ({"format": "w8a8", "symmetric": 1}, "symmetric must be one of True, False, got 1"),
         ({"group_size": 64}, "format is missing; it is one of w8a8"),
         ({"format": ["w8a8"]}, "format must be one of w8a8, w8a16, w4a16, fp8, got ['w8a8']"),
+        ("w8a8,smoothing=0.1,smoothing=0.2", "smoothing is there twice"),
+        ("w8a16,format=w4a16", "format is there twice"),
+        ({"format": "w8a8", "smoothing": True}, "smoothing must be from 0 to 1, got True"),
+        ("w8a8,ignore=re:.*(q_proj|k_proj)", "'re:.*(q_proj' is no regular expression (missing )"),
+        ({"format": "w8a8", "ignore": ["re:(a|b)"]}, "holds | or a comma, which end a pattern"),
+        ({"format": "w8a8", "ignore": ["re:a{1,2}"]}, "give each alternative as a pattern of its"),
+        (
+            {"format": "w4a16", "method": "gptq", "calibration": "a,b.jsonl"},
+            "calibration must be a file whose name has no comma",
+        ),
         ({"format": "w8a8", "ignore": 5}, "ignore must be a list of patterns of names, got 5"),
         ({"format": "w8a8", "ignore": [5]}, "ignore must be a list of patterns of names, got (5,)"),
         (
