@@ -182,6 +182,11 @@ class Backend(Protocol):
         opened, when its config is read and when it is loaded, each time with more."""
         return
 
+    def check_runs(self) -> None:
+        """Raise BuildError where no engine of this backend can run on this machine, though it may
+        be built here."""
+        return
+
     def prepare(self, options: BackendOptions) -> None:
         """Begin, in the background, what a build needs whatever the model; errors come in check."""
 

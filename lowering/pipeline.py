@@ -56,6 +56,7 @@ from inlay.lowering.loading import Source, dtype_name, load_pooling, load_source
 from inlay.lowering.options import CompileOptions, check_against_model
 from inlay.lowering.partition import partition
 from inlay.lowering.quantization import (
+    check_calibration,
     check_ignored,
     check_unquantized,
     make_plan,
@@ -211,6 +212,7 @@ def _lower(
 def _load(model: Any, backend: Backend, options: CompileOptions, tokenizer: Any) -> Source:
     """The model, refused as soon as enough is known to."""
     config, own = options.quantization, _own_options(options)
+    check_calibration(config)
     asked = sure_schemes(config)
     dtype = "" if options.dtype == "auto" else options.dtype
     backend.check_early(Known(dtype=dtype, schemes=asked, **own))

@@ -39,6 +39,13 @@ def check_unquantized(quantization: Any, source: Source) -> None:
         )
 
 
+def check_calibration(quantization: Any) -> None:
+    """Raises OptionError where calibration is to be a file that is not there."""
+    file = "" if quantization == NONE else quantization.calibration
+    if isinstance(file, str) and file and not Path(file).is_file():
+        raise OptionError(f"calibration file {file!r} cannot be read: it is no file")
+
+
 def check_ignored(quantization: Any, source: Source) -> None:
     """Raises OptionError for a pattern of layers to leave out that means none of the model's."""
     if quantization == NONE:

@@ -34,7 +34,7 @@ from inlay.backends.tensorrt.self_check import check_engines
 from inlay.backends.tensorrt.stand_in import stand_in
 from inlay.backends.tensorrt.steps import model_of_steps, segment_steps
 from inlay.backends.tensorrt.supported import WAYS_OUT, scheme_refusal
-from inlay.errors import UnsupportedModelError
+from inlay.errors import BuildError, UnsupportedModelError
 
 CACHE = "tensorrt"
 """The folder of the user's cache where kernels and verdicts of this machine's devices lie."""
@@ -58,6 +58,13 @@ class TensorRTBackend(Backend):
         reasons = [scheme_refusal(scheme, known) for scheme in known.schemes]
         if known.fallback != "inductor" and (found := "; ".join(filter(None, reasons))):
             raise UnsupportedModelError(f"quantization is not possible so: {found}; {WAYS_OUT}")
+
+    def check_runs(self) -> None:
+        if not torch.cuda.is_available():
+            raise BuildError(
+                f"TensorRT engines need a GPU to run, and torch {torch.__version__} sees none "
+                "here: `inlay build` builds them all the same, and checks what they are made of"
+            )
 
     def prepare(self, options: BackendOptions) -> None:
         """Nothing takes long enough."""

@@ -83,6 +83,13 @@ def test_bfloat16_of_a_model_in_memory() -> None:
 
 
 @pytest.mark.usefixtures("no_weights")
+def test_a_missing_calibration_file(tmp_path: Path) -> None:
+    path = config_of(tmp_path / "model")
+    with pytest.raises(OptionError, match=r"'no/such.jsonl' cannot be read: it is no file"):
+        compile_model(path, "eager", quantization="w4a16,method=gptq,calibration=no/such.jsonl")
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_a_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "is_installed", lambda name: False)
     with pytest.raises(BuildError, match=r"inlay\[tensorrt-rtx\]"):

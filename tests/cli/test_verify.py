@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from inlay.backends.eager.backend import EagerBackend
 from inlay.backends.select import BACKENDS
+from inlay.backends.tensorrt.backend import TensorRTBackend
 from inlay.cli import main
 from inlay.cli.verify import _take_own
 from inlay.engine import build
@@ -174,6 +176,17 @@ def test_one_backend_that_is_wrong_gives_status_1_and_its_first_difference(
     assert "inductor: not run: OptionError: backend must be one of eager" in said
     assert main(["verify", "demo", *FEW, "--backends", "eager,magic"]) == 2
     assert "tensorrt, eager, got 'magic'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_cannot_run_here_is_not_built_to_be_verified(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TensorRTBackend, "build", None)
+    few = [*FEW[2:], "--dtype", "float16", "--backends", "eager,tensorrt", "--target", "sm89"]
+    assert main(["verify", str(config), "--random-weights", *few]) == 2
+    said = capsys.readouterr().out
+    assert "tensorrt: not run: BuildError: TensorRT engines need a GPU to run" in said
 
 
 def test_an_artifact_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from inlay.backends.model import ProgramModel
+from inlay.backends.select import get_backend
 from inlay.engine import Engine, compile_model
 from inlay.errors import OptionError, UnsupportedModelError, VerificationError
 from inlay.lowering.export import max_positions
@@ -160,6 +161,7 @@ def _refuse_quantized(source: Source, options: CompileOptions, engine: Engine | 
 
 
 def _compile(source: Source, options: CompileOptions, progress: Callable[[str], None]) -> Engine:
+    get_backend(options.backend).check_runs()
     # The engine is judged here, more strictly; a wrong one must exist to be looked into.
     given = {**asdict(options), "verify": "capture"}
     return compile_model(source.model, tokenizer=source.tokenizer, progress=progress, **given)
