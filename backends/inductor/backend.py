@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 from inlay.backends.artifact import Artifact, WeightReader
 from inlay.backends.base import Backend, BackendOptions, BuildSettings, Known, ModelLimits
 from inlay.backends.cache import cache_dir, content_key, fetch
-from inlay.backends.device import CUDA, choose_device, fastest_device
+from inlay.backends.device import CPU, CUDA, choose_device, fastest_device
 from inlay.backends.graph_json import graph_from_json, graph_to_json
 from inlay.backends.inductor import cuda
 from inlay.backends.inductor.compile import Packing, inductor_config, packed_weights
@@ -91,8 +91,7 @@ class InductorBackend(Backend):
         if device != CUDA:
             ops = self._ops.result()
             shutil.copyfile(ops, directory / Path(OPS).name)
-        target = cuda.target() if device == CUDA else _target()
-        toolchain = {**target, **_toolchain(settings.optimization_level, device)}
+        toolchain = _toolchain(settings.optimization_level, device)
         cached = {key: _cached_package(gm, toolchain) for key, gm in segments.items()}
         missing = [key for key in cached if not fetch(cached[key], directory / key / PACKAGE)]
         if missing:
@@ -109,6 +108,7 @@ class InductorBackend(Backend):
             common = Settings(device, ops, settings.optimization_level)
             compile_jobs(jobs, common, settings.progress)
         settings.progress(f"{len(missing)} compiled, {len(cached) - len(missing)} from the cache")
+        target = cuda.target() if device == CUDA else _target()
         return {**target, "num_compiled": len(missing)}
 
     def load(self, artifact: Artifact) -> ProgramModel:
@@ -199,9 +199,9 @@ def _cached_package(gm: GraphModule, toolchain: dict[str, Any]) -> Path:
     return cache_dir() / "segments" / f"{key}.pt2"
 
 
-def _toolchain(optimization_level: int, device: str) -> dict[str, Any]:
-    """All that the code of a graph depends on besides its target: our sources, torch with its
-    settings, the compiler."""
+def _toolchain(optimization_level: int, device: str = CPU) -> dict[str, Any]:
+    """All that the code of a graph depends on: our sources, torch with its settings, the compiler,
+    and the CPU or GPU that it is for."""
     sources = {inspect.getsourcefile(reference) for reference in REFERENCES.values()}
     sources |= {inspect.getsourcefile(packed_weights), inspect.getsourcefile(example_arguments)}
     digest = hashlib.sha256()
@@ -212,6 +212,7 @@ def _toolchain(optimization_level: int, device: str) -> dict[str, Any]:
     compiler = shlex.split(get_cpp_compiler())
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
     return {
+        **(cuda.target() if device == CUDA else _target()),
         "config": inductor_config(optimization_level, device),
         "ops": INTERFACE,
         "sources": digest.hexdigest(),
