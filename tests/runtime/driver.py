@@ -52,10 +52,12 @@ class Driver:
             planned[id(made)] = [(r.request_id, r.index, len(r.token_ids), row) for r, row in rows]
             return made
 
-        def launching(made: SamplingPlan, logits: torch.Tensor) -> Sampled:
+        def launching(
+            made: SamplingPlan, logits: torch.Tensor, tokens: torch.Tensor | None = None
+        ) -> Sampled:
             for name, index, position, row in planned.pop(id(made)):
                 self.logits[name, index][position] = logits[row].clone()
-            return launch(made, logits)
+            return launch(made, logits, tokens)
 
         stage.plan, stage.launch = planning, launching  # type: ignore[method-assign]
 
