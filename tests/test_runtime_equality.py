@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from inlay import compile_model
+from inlay.backends import step
 from inlay.backends.base import LoadedModel
 from inlay.passes.check import relative_rms
 from inlay.runtime import block_pool, dispatch
@@ -280,8 +281,9 @@ def stale_blocks(patch: pytest.MonkeyPatch) -> None:
 
 
 def live_padding(patch: pytest.MonkeyPatch) -> None:
-    """Padding writes into the cache's first slot."""
-    patch.setattr(dispatch, "PADDING_SLOT", 0)
+    """Padding writes into the cache's second slot."""
+    for module in (dispatch, step):  # that of graphs, and of the steps that come padded
+        patch.setattr(module, "PADDING_SLOT", 1)
 
 
 def stale_preempted(patch: pytest.MonkeyPatch) -> None:
