@@ -43,7 +43,7 @@ def run_items(bench: str, items: Iterable[Item], arguments: argparse.Namespace) 
             begin = time.monotonic()
             try:
                 facts |= call()
-            except Exception as error:
+            except Exception as error:  # whatever a peer raises: told, and the others go on
                 traceback.print_exc()
                 facts["error"] = f"{type(error).__name__}: {error}"[:500]
                 status = 1

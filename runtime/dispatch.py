@@ -44,7 +44,7 @@ TENSORS = (
 class Dispatcher:
     """Runs a model's steps; with graphs, decode steps of the captured sizes from those.
 
-    Where the sampler is one kernel, the graphs hold it too: a decode step is then one launch.
+    Where the sampler is one kernel, the graphs hold it too.
     """
 
     def __init__(
@@ -175,9 +175,8 @@ class Dispatcher:
 
     def _padded(self, step: StepInputs, size: int) -> Sequence[torch.Tensor]:
         """The step's tensors in the graph's sizes; tables keep their width, the rest is stale."""
-        if (
-            min(map(len, (step.seq_lens, step.input_ids, step.logits_indices))) >= size
-        ):  # padded on the host to at least as much
+        shortest = min(map(len, (step.seq_lens, step.input_ids, step.logits_indices)))
+        if shortest >= size:  # the host has padded it already
             sizes = {name: size + (name == "query_start_loc") for name in TENSORS}
             cut = {name: getattr(step, name)[: sizes[name]] for name in TENSORS}
             cut["slot_mapping"] = step.slot_mapping[:, :size]
