@@ -33,7 +33,8 @@ class Policy(enum.Enum):
         ({"enforce_eager": True}, {"cuda_graphs": False}),
         ({"enforce_eager": False}, {}),
         ({"dtype": "half"}, {"dtype": "float16"}),
-        ({"dtype": "auto", "device": "cpu", "trust_remote_code": False}, {}),
+        ({"dtype": "auto", "device": "auto", "trust_remote_code": False}, {}),
+        ({"device": "cuda"}, {"device": "cuda"}),
         ({"trust_remote_code": True}, {"trust_remote_code": True}),
         ({"enable_prefix_caching": False}, {"enable_prefix_caching": False}),
         (
@@ -65,7 +66,6 @@ def test_other_names_for_our_options(given: dict[str, Any], ours: dict[str, Any]
         ({"speculative_config": {"model": "x"}}, "speculative decoding is not built yet"),
         ({"enable_lora": True}, "enable_lora=True: LoRA is not built yet; allowed: False"),
         ({"quant_config": "awq"}, "quant_config='awq': give quantization, such as 'w8a8'"),
-        ({"device": "cuda"}, "device='cuda': .*allowed: 'auto', 'cpu'"),
         ({"max_input_len": 5}, "max_input_len=5: .*give max_seq_len"),
         ({"kv_cache_config": {"tokens_per_block": 8}}, r"kv_cache_config\.tokens_per_block=8"),
         ({"kv_cache_config": {"tokens": 8}}, "kv_cache_config knows no 'tokens'; allowed: enab"),
@@ -117,7 +117,7 @@ def test_a_rule_gives_options_that_exist(table: dict[str, Any]) -> None:
 
 def test_names_are_not_ours_too() -> None:
     """A name of ours in the table is there for its values only."""
-    own = {"dtype", "trust_remote_code", "enable_prefix_caching", "kv_cache_dtype"}
+    own = {"dtype", "device", "trust_remote_code", "enable_prefix_caching", "kv_cache_dtype"}
     assert set(CONSTRUCTOR) & OURS == own
 
 

@@ -45,7 +45,7 @@ UNLIKE = (
 """Windows, unequal KV heads, experts, chunks, ALiBi, attention found in the graph, parallel blocks,
 interleaved RoPE."""
 
-COMPILED = ("deepseek_v3", "llama4_text", "falcon-alibi")
+COMPILED = ("deepseek_v3", "falcon-alibi")
 """Run on Inductor by default. Windows and sinks are in test_runtime_equality.py."""
 
 BROKEN = (*UNLIKE, "llama", "gpt2", "gemma2", "gemma3n_text", "gpt_oss", "qwen3_moe", "bert")

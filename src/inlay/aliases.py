@@ -128,7 +128,7 @@ CONSTRUCTOR: dict[str, Rule] = {
     "compilation_config": refused("give optimization_level and the other options of compile_model"),
     # The model.
     "dtype": _dtype,
-    "device": refused("an engine runs where it was built for: build it there", "auto", "cpu"),
+    "device": ours_unless(None, "auto"),
     "trust_remote_code": ours_unless(None, False),
     "tokenizer_mode": refused("the tokenizer is transformers': give tokenizer=", "auto", "hf"),
     "skip_tokenizer_init": refused(

@@ -244,7 +244,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+SLOW = ("plain", "cached", "evicting", "overlap")
+"""The others have each of these's parts too."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=pytest.mark.slow if one in SLOW else ()) for one in CONFIGS]
+)
 def test_random_traffic(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = list(CONFIGS).index(name)
     device = SlowDevice(seed) if "overlap" in name else None
