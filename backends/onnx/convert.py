@@ -132,6 +132,7 @@ def _export(gm: GraphModule, translations: Any) -> onnx.ModelProto:
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
+            _keep_numbers_exact(program.graph_module)
             made: Any = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -144,6 +145,34 @@ def _export(gm: GraphModule, translations: Any) -> onnx.ModelProto:
     except (OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as error:
         raise _unsupported(gm, program, error) from error
     return made.model_proto
+
+
+def _keep_numbers_exact(gm: GraphModule) -> None:
+    """Compute x * 0.7071 of narrow numbers in float32 and round once, as torch does: torch.onnx
+    would round 0.7071 to the type of x first. Of sums, differences and quotients the same."""
+    aten = torch.ops.aten
+    arithmetic = {aten.add, aten.sub, aten.mul, aten.div, aten.rsub}
+    for node in list(gm.graph.nodes):
+        if getattr(node.target, "overloadpacket", None) not in arithmetic:
+            continue
+        dtype = node.meta["val"].dtype
+        numbers = [arg for arg in node.args if isinstance(arg, float)]
+        if dtype not in (torch.bfloat16, torch.float16) or not any(
+            torch.tensor(one, dtype=dtype).item() != one for one in numbers
+        ):
+            continue
+        narrow = node.meta["val"]
+        with gm.graph.inserting_before(node):
+            for arg in node.all_input_nodes:
+                wide = gm.graph.call_function(aten._to_copy.default, (arg,), {"dtype": torch.float})
+                wide.meta = {**node.meta, "val": arg.meta["val"].float()}
+                node.replace_input_with(arg, wide)
+        node.meta = {**node.meta, "val": narrow.float()}
+        with gm.graph.inserting_after(node):
+            result = gm.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+            result.meta = {**node.meta, "val": narrow}
+            node.replace_all_uses_with(result, lambda user: user is not result)
+    gm.recompile()
 
 
 @contextmanager

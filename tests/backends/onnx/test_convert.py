@@ -92,15 +92,33 @@ def test_names_lead_back_to_the_graph() -> None:
     assert sum(node.op_type == "RotaryEmbedding" for node in model.graph.node) == 2
 
 
-def segment_with(target: object, *others: object) -> GraphModule:
+def segment_with(
+    target: object, *others: object, dtype: torch.dtype = torch.float32
+) -> GraphModule:
     """x [T, 8] through one op."""
     graph = Graph()
     x = graph.placeholder("x")
-    x.meta |= {"spec": (("T", 8), torch.float32), "kind": "input"}
+    x.meta |= {"spec": (("T", 8), dtype), "kind": "input"}
     y = graph.call_function(target, (x, *others))  # type: ignore[arg-type]
     y.meta["stack_trace"] = 'File "modeling_toy.py", line 7, in forward\n  y = self.odd(x)'
     graph.output((graph.call_function(torch.ops.aten.relu.default, (y,)),))
     return GraphModule(torch.nn.Module(), graph)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_are_as_exact_as_in_torch(dtype: torch.dtype) -> None:
+    """0.7 has no place in either type: x * 0.7 is another number where 0.7 is rounded first."""
+    aten = torch.ops.aten
+    for target, number, expected in (
+        (aten.mul.Tensor, 0.7, 2),
+        (aten.sub.Tensor, 0.7, 2),
+        (aten.mul.Tensor, 0.5, 0),
+    ):
+        model = segment_to_onnx(segment_with(target, number, dtype=dtype), "tensorrt")
+        assert sum(node.op_type == "Cast" for node in model.graph.node) == expected
+    x = torch.randn(64, 8).half()
+    model = segment_to_onnx(segment_with(aten.mul.Tensor, 0.7, dtype=torch.float16), "tensorrt")
+    assert torch.equal(run(model, {"x": x})[0], (x * 0.7).relu())
 
 
 def test_what_cannot_be_converted_is_named() -> None:
