@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     peers = ",".join(ENVIRONMENTS)
     parser.add_argument("--peers", type=words, default=[], help=f"some of {peers} (default: none)")
-    parser.add_argument("--precisions", type=words, default=list(QUANTIZATIONS))
+    some = f"some of {','.join(QUANTIZATIONS)} (default: all but fp32)"
+    parser.add_argument("--precisions", type=words, default=["bf16", "int8", "int4"], help=some)
     parser.add_argument("--workloads", type=words, default=list(WORKLOADS))
     parser.add_argument("--backends", type=words, default=["inductor"], help="of Inlay")
     parser.add_argument(

@@ -43,13 +43,14 @@ def weight_of(
     kind: str, shape: tuple[int, int], device: str
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As it is stored, with its scales."""
-    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(1)) / shape[1] ** 0.5
+    generator = torch.Generator(device).manual_seed(1)
+    weight = torch.randn(*shape, generator=generator, device=device) / shape[1] ** 0.5
     scheme = FORMATS[kind]
     if scheme is None:
-        return weight.bfloat16().to(device), None
+        return weight.bfloat16(), None
     stored, scale, zero = quantize_weight(weight, scheme)
     assert zero is None, "symmetric"
-    return stored.to(device), scale.to(device)
+    return stored, scale
 
 
 def products(

@@ -26,7 +26,8 @@ from inlay.backends.artifact import (
     write_weights,
 )
 from inlay.backends.atomic import Claim, claimed
-from inlay.backends.base import ModelLimits
+from inlay.backends.base import BACKEND_OPTIONS, BuildSettings, Known, ModelLimits
+from inlay.backends.device import AUTO
 from inlay.backends.prune import copy_without, describe, files_with_weights
 from inlay.backends.select import get_backend
 from inlay.errors import ArtifactError, ModelLoadError, OptionError
@@ -100,14 +101,28 @@ def refit(
             f"artifact {artifact.path} was built by another Inlay, with options that this one does "
             f"not know: {error}; rebuild it: {artifact.manifest['rebuild']}"
         ) from error
+    dtype = artifact.manifest["dtype"]
+    settings = _settings(artifact, options, progress, "")
+    own = {name: getattr(settings, name) for name in BACKEND_OPTIONS}
+    if options.verify == "capture":
+        own["device"] = AUTO  # nothing will run on it
+    get_backend(artifact.manifest["backend"]).check_early(Known(dtype=dtype, **own))
     with claimed(target) as claim, ONE_AT_A_TIME:
         phase = Phases(progress)
         with phase("load"):
-            dtype = artifact.manifest["dtype"]
             source = load_source(weights, dtype, tokenizer, trust_remote_code)
             del weights
         _Refit(artifact, options, phase, progress).run(source, claim)
     return target
+
+
+def _settings(
+    artifact: Artifact, options: CompileOptions, progress: Progress, origin: str
+) -> BuildSettings:
+    """As the build's, of the library that made the artifact."""
+    settings = build_settings(ModelLimits(**artifact.manifest["limits"]), options, progress, origin)
+    library = artifact.manifest["target"].get("library", settings.library)
+    return replace(settings, library=library)
 
 
 class _Refit:
@@ -137,9 +152,8 @@ class _Refit:
             gc.collect()  # modules lie in reference cycles, their weights with them
             with self.phase("code"):
                 backend = get_backend(self.artifact.manifest["backend"])
-                settings = build_settings(self.limits, self.options, self.progress, name)
+                settings = _settings(self.artifact, self.options, self.progress, name)
                 target = self.artifact.manifest["target"]
-                settings = replace(settings, library=target.get("library", settings.library))
                 target = {**target, **backend.refit(directory, self.artifact.program, settings)}
             manifest = {**self._manifest(directory, name), "target": target}
             if self.options.verify != "capture":

@@ -222,7 +222,8 @@ def inductor_config(optimization_level: int, device: str = "cpu") -> dict[str, A
     Threads are asked at run time, not baked into the package. The level is the C++ compiler's for
     the host code, which only calls kernels but takes half of its time; kernels always get -O3.
     Precompiled headers take longer to make than a handful of segments gains from them. On CUDA the
-    maximum of a wide row is not taken in two steps, see `kernels/triton/register.py`.
+    maximum of a wide row is not taken in two steps, see `kernels/triton/register.py`; and at level
+    3 plain products are timed during the build, cuBLAS's beside Inductor's Triton templates.
     """
     options = {
         "cpp.dynamic_threads": True,
@@ -232,6 +233,8 @@ def inductor_config(optimization_level: int, device: str = "cpu") -> dict[str, A
     }
     if device == "cuda":
         options["split_reductions"] = False
+        if optimization_level == 3:
+            options |= {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
     known = torch._inductor.config.get_config_copy()
     return {name: value for name, value in options.items() if name in known}
 

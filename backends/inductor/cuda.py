@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,40 @@ def check_tools() -> None:
             "device='cuda' compiles with Triton, which is not installed; install it (CUDA builds "
             "of torch bring it along)"
         )
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None:
+        raise BuildError(
+            "device='cuda' compiles code that includes CUDA's headers, and there is no CUDA "
+            f"toolkit; install that of CUDA {torch.version.cuda}, and name its directory in "
+            "CUDA_HOME if it is not /usr/local/cuda"
+        )
     compilers = (os.environ.get("CXX", "g++"), "clang++")
     if not any(shutil.which(one) for one in compilers):
         raise BuildError(
             f"no C++ compiler for the host's part of the code: none of {', '.join(compilers)} is "
             "on the PATH; install g++, or name one in CXX"
         )
+
+
+def link_environment(folder: Path) -> dict[str, str]:
+    """What a worker's compiler needs to find CUDA, with what lies in a folder of its own: of the
+    driver's library most systems have only `libcuda.so.1`, and linkers look for `libcuda.so`."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    found = {} if CUDA_HOME is None else {"CUDA_HOME": CUDA_HOME}
+    if driver := driver_library(Path("/proc/self/maps").read_text()):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "libcuda.so").symlink_to(driver)
+        others = os.environ.get("LIBRARY_PATH")
+        found["LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(folder), others)))
+    return found
+
+
+def driver_library(maps: str) -> str | None:
+    """The file of CUDA's driver that a process has loaded, by its /proc/PID/maps."""
+    found = re.search(r"\s(/.*/libcuda\.so[.\d]*)$", maps, re.MULTILINE)
+    return found and found[1]
 
 
 def load_package(path: Path, device: torch.device) -> SegmentCall:

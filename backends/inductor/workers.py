@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from inlay.backends.cache import building, keep
+from inlay.backends.device import CUDA
 from inlay.backends.host_memory import available_memory
+from inlay.backends.inductor.cuda import link_environment
 from inlay.backends.worker_pool import Worker, run_jobs
 from inlay.errors import BuildError
 
@@ -71,7 +73,10 @@ def _compile_in(
         worker.compile(job, settings)
         progress(f"segment {job.key} compiled in {time.perf_counter() - begin:.1f} s")
 
-    run_jobs(jobs, _num_workers(len(jobs)), lambda i: _Compiler(scratch / str(i)), compile_one)
+    def start(number: int) -> _Compiler:
+        return _Compiler(scratch / str(number), settings.device)
+
+    run_jobs(jobs, _num_workers(len(jobs)), start, compile_one)
 
 
 def _num_workers(num_jobs: int) -> int:
@@ -82,7 +87,7 @@ def _num_workers(num_jobs: int) -> int:
 class _Compiler(Worker):
     """A process with Inductor loaded."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         folder.mkdir()
         self._folder = folder
         # Inductor gives the compiler paths without quotes: none of them may hold a space.
@@ -96,6 +101,8 @@ class _Compiler(Worker):
             "TORCHINDUCTOR_VEC_ISA_OK": "1",
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
+        if device == CUDA:
+            environment |= link_environment(folder / "cuda")
         super().__init__("inlay.backends.inductor.compile", env=environment)
 
     def compile(self, job: Job, settings: Settings) -> None:

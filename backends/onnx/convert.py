@@ -171,7 +171,8 @@ def _keep_numbers_exact(gm: GraphModule) -> None:
         with gm.graph.inserting_after(node):
             result = gm.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
             result.meta = {**node.meta, "val": narrow}
-            node.replace_all_uses_with(result, lambda user: user is not result)
+            node.replace_all_uses_with(result)
+            result.args = (node, *result.args[1:])
     gm.recompile()
 
 

@@ -26,9 +26,8 @@ def prepare(checkpoint: Path, directory: Path, job: dict[str, Any]) -> None:
     options = dict(job.get("options", {}))
     if job.get("quantization"):
         options["quantization"] = job["quantization"]
-    compile_model(checkpoint, job["backend"], dtype="bfloat16", **options).save(
-        directory / "engine"
-    )
+    engine = compile_model(checkpoint, job["backend"], dtype=job["dtype"], **options)
+    engine.save(directory / "engine")
 
 
 class Model:
@@ -43,6 +42,7 @@ class Model:
         self.conditions = {
             "batching": "continuous",
             "backend": engine.backend,
+            "dtype": engine.manifest["dtype"],
             "relative_error": (engine.manifest.get("errors") or {}).get("engine"),
         }
 

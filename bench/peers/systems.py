@@ -23,7 +23,7 @@ from inlay.errors import OptionError
 
 OURS = "inlay"
 SUPPORTED = {
-    "hf": ("bf16",),
+    "hf": ("fp32", "bf16"),
     "openvino": ("bf16", "int8", "int4"),
     "llamacpp": ("bf16", "int8", "int4"),
     "vllm-cpu": ("bf16", "int8"),
@@ -32,7 +32,12 @@ SUPPORTED = {
 """What each peer runs on a CPU. int8: OpenVINO's and ort-genai's weights alone, llama.cpp's Q8_0,
 vLLM's W8A8; int4: weights alone, llama.cpp's Q4_0."""
 
-QUANTIZATIONS = {"bf16": ("none",), "int8": ("w8a8", "w8a16"), "int4": ("w4a16",)}
+QUANTIZATIONS = {
+    "fp32": ("none",),
+    "bf16": ("none",),
+    "int8": ("w8a8", "w8a16"),
+    "int4": ("w4a16",),
+}
 """Ours, by precision."""
 
 FACTS = "prepared.json"
@@ -63,9 +68,10 @@ def systems_of(
         formats = tuple(chosen)
     for backend in backends:
         for quantization in formats:
-            words = [OURS, *([quantization] if precision != "bf16" else [])]
+            words = [OURS, *([quantization] if quantization != "none" else [])]
             name = " ".join([*words, *([backend] if len(backends) > 1 else [])])
             job = {"backend": backend, "quantization": quantization}
+            job["dtype"] = _activations(precision, backend)
             systems.append(System(name, OURS, precision, job))
     for peer in peers:
         if peer not in SUPPORTED:
@@ -73,6 +79,12 @@ def systems_of(
         if precision in SUPPORTED[peer]:
             systems.append(System(peer, peer, precision))
     return systems
+
+
+def _activations(precision: str, backend: str) -> str:
+    """bfloat16, but where that is not the comparison, or the backend has no such products."""
+    has_none = backend == "onnxruntime" and precision != "bf16"  # there it says so itself
+    return "float32" if precision == "fp32" or has_none else "bfloat16"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ dispatcher, compiled for the CPU and run by the loader that runs them on a GPU; 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from inlay.backends.device import needing_memory
 from inlay.backends.eager.backend import interpret
 from inlay.backends.graph_json import graph_from_json
 from inlay.backends.inductor import cuda
-from inlay.backends.inductor.compile import PRODUCTS, compile_segment
+from inlay.backends.inductor.compile import PRODUCTS, compile_segment, inductor_config
 from inlay.errors import ArtifactError, BuildError, OptionError
 from inlay.passes.check import relative_rms
 from inlay.passes.graph import is_call
@@ -86,6 +87,30 @@ def test_devices_are_an_option_of_torchs_own_code() -> None:
         compile_model("demo", device="gpu")
     with pytest.raises(OptionError, match="option of backend='inductor' or 'eager'; backend 'onnx"):
         compile_model("demo", "onnxruntime", device="cpu")
+
+
+def test_the_drivers_library_gets_the_name_that_linkers_look_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = """7f10-7f20 r--p 00000000 00:2d 81   /usr/lib/x/libcudart.so.13
+7f30-7f40 r-xp 00000000 00:2d 82                       /usr/local/nv idia/lib64/libcuda.so.580.9
+7f30-7f40 rw-p 00000000 00:00 0
+"""
+    assert cuda.driver_library(maps) == "/usr/local/nv idia/lib64/libcuda.so.580.9"
+    assert cuda.driver_library(maps.replace("libcuda.so", "libother.so")) is None
+    monkeypatch.setattr(cuda, "driver_library", lambda maps: "/lib/libcuda.so.1")
+    monkeypatch.setenv("LIBRARY_PATH", "/others")
+    found = cuda.link_environment(tmp_path / "lib")["LIBRARY_PATH"]
+    assert found == f"{tmp_path}/lib{os.pathsep}/others"
+    assert os.readlink(tmp_path / "lib" / "libcuda.so") == "/lib/libcuda.so.1"
+
+
+def test_plain_products_are_timed_on_request() -> None:
+    """A setting that this torch does not know would be left out without a word."""
+    timed = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "ATEN,TRITON"}
+    assert inductor_config(3, "cuda").items() >= timed.items()
+    for level, device in ((2, "cuda"), (3, "cpu")):
+        assert not inductor_config(level, device).keys() & timed.keys()
 
 
 @needs_no_gpu

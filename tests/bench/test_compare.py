@@ -232,6 +232,16 @@ def test_systems() -> None:
         "inlay w4a16,group_size=64 eager",
         "inlay w4a16,group_size=64 inductor",
     ]
+    dtypes = {
+        (precision, system.job["backend"]): system.job["dtype"]
+        for precision in ("fp32", "bf16", "int8")
+        for system in systems_of(precision, [], ["inductor", "onnxruntime"], [])
+    }
+    assert {key for key, dtype in dtypes.items() if dtype == "float32"} == {
+        ("fp32", "inductor"),
+        ("fp32", "onnxruntime"),
+        ("int8", "onnxruntime"),
+    }
     with pytest.raises(OptionError, match=r"among hf, .* got 'tgi'"):
         systems_of("bf16", ["tgi"], ["eager"], [])
 
@@ -318,10 +328,10 @@ def test_pip_that_fails_says_why(tmp_path: Path) -> None:
     [
         (["--peers", "tgi"], "peers must be among hf, .*, got tgi"),
         (["--workloads", "fast"], "workloads must be among offline, .*, got fast"),
-        (["--precisions", "int3"], "precisions must be among bf16, .*, got int3"),
+        (["--precisions", "int3"], "precisions must be among fp32, .*, got int3"),
         (["nowhere"], "model must be a checkpoint's directory, .* one of 0.5b, .* got 'nowhere'"),
         (["--peers", "hf,hf"], "peers must be some of hf, .*, each once"),
-        (["--precisions", ""], "precisions must be some of bf16, .*, each once"),
+        (["--precisions", ""], "precisions must be some of fp32, .*, each once"),
         (["--backends", "nob"], "backends must be among inductor, .*, got nob"),
         (["--quantization", "w8a61"], "format must be one of w8a8"),
         (["--quantization", "fp8", "--precisions", "int8"], "format must be among .*, got fp8"),

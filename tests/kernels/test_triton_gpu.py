@@ -25,9 +25,11 @@ pytestmark = [
 ROWS = (1, 16, 17, 64, 65, 300, 1025)
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 
-# The result's rounding: half a unit in the last place, 2^-9 of it in bfloat16, at most, 0.6 of that
-# in the mean; weights scaled and rounded where a tile spans groups add another such error.
+# The result's rounding to bfloat16: at most 2^-8 of it, 1.66e-3 in the root mean square.
 TOLERANCE = 2.0**-9
+# Weights that are scaled and rounded, where a tile spans groups, add such an error: 2.34e-3, in
+# float16 an eighth of that. Float32: sums of 4,096 terms in another order.
+WEIGHT_ONLY = {BF16: 3e-3, torch.float16: 4e-4, torch.float32: 2e-6}
 # Four roundings of that kind: both products, the activation, the result.
 EXPERTS_TOLERANCE = 8e-3
 
@@ -103,10 +105,7 @@ def test_weight_only(scheme: Scheme, dtype: torch.dtype) -> None:
     for rows in ROWS:
         x = torch.randn(rows, depth, device="cuda").to(dtype)
         out = torch.ops.inlay.weight_only_linear(x, *cuda(weight, scale, zero), None)
-        # Float32: sums of 4,096 terms in another order.
-        assert relative_rms(x.double() @ wide.t(), out) < (
-            2e-6 if dtype == torch.float32 else TOLERANCE
-        )
+        assert relative_rms(x.double() @ wide.t(), out) < WEIGHT_ONLY[dtype]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from inlay import LLM, Engine, SamplingParams, compile_model
 from inlay.backends.artifact import SELF, WeightReader
+from inlay.backends.base import Known
 from inlay.backends.eager.backend import EagerBackend
-from inlay.errors import InlayError, ModelLoadError, VerificationError
+from inlay.errors import BuildError, InlayError, ModelLoadError, VerificationError
 from inlay.lowering import pipeline
 from inlay.lowering import refit as module
 from inlay.lowering.partition import partition
@@ -313,6 +314,17 @@ def test_checkpoints_that_are_quantized_otherwise(engine: Engine, tmp_path: Path
     with pytest.raises(ModelLoadError, match=r"is quantized already, and .* was built of unquant"):
         whole.refit(folder, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
+
+
+def test_what_the_backend_lacks_is_said_before_weights_are_read(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(self: EagerBackend, known: Known) -> None:
+        raise BuildError(f"no library for {known.dtype}")
+
+    monkeypatch.setattr(EagerBackend, "check_early", lacking)
+    with pytest.raises(BuildError, match="no library for float32"):
+        engine.refit("no/such/place/here", tmp_path / "engine")
 
 
 @pytest.mark.parametrize("weights", ["no/such/place/here", 5])
