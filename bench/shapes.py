@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from inlay.lowering.random_weights import randomise
+from inlay.lowering.random_weights import randomise, seeded
 
 _NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 
@@ -125,7 +125,7 @@ def build_shape(
     if layers is not None:
         options["num_hidden_layers"] = layers
     config = AutoConfig.for_model(**options)
-    with torch.device(device):
+    with seeded(), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = None
     return randomise(model, device=device).to("cpu").eval()

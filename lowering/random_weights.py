@@ -7,12 +7,24 @@ weights make outputs depend on every part.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import PreTrainedModel
 
 MATRIX_GAIN = 2.0
 SCALED_EMBEDDING_STD = 0.03
 """For tied embeddings whose inputs are scaled up (gemma): else they repeat one token."""
+
+
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """For making a model that `randomise` then fills: what it adds to, Hugging Face may have drawn
+    (gpt_oss's sinks and router biases), from the process's generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 @torch.no_grad()

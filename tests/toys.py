@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from inlay.lowering.random_weights import randomise
+from inlay.lowering.random_weights import randomise, seeded
 
 Config = dict[str, Any]
 
@@ -502,4 +502,6 @@ def build_toy(
         kind = AutoModel
     elif name in MULTIMODAL:
         kind = AutoModelForImageTextToText
-    return randomise(kind.from_config(config, dtype=dtype).eval())
+    with seeded():
+        model = kind.from_config(config, dtype=dtype)
+    return randomise(model.eval())

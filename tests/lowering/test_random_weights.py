@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tests.toys import TOYS, build_toy
+from inlay.verify.source import random_source
+from tests.toys import TOYS, build_toy, config_of
 
 NUM_TOKENS = 24
 MIN_DISTINCT = 12
@@ -91,3 +93,16 @@ def test_outputs_vary_and_every_known_bad_twin_differs(name: str) -> None:
     assert ("without_rope" in applied) == (name != "gpt2")
     assert ("without_biases" in applied) == (name in ("gpt2", "qwen2"))
     assert ("with_window_off_by_one" in applied) == (name in ("mistral", "gemma2"))
+
+
+def test_a_seed_gives_the_same_model_each_time(tmp_path: Path) -> None:
+    """gpt_oss: transformers draws its sinks."""
+    config_of("gpt_oss").save_pretrained(tmp_path)
+    first, other = random_source(str(tmp_path)), random_source(str(tmp_path), seed=1)
+    torch.rand(3)
+    again = random_source(str(tmp_path)).model.state_dict()
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, again[name]), name
+    assert not torch.equal(
+        other.model.model.layers[0].self_attn.sinks, first.model.model.layers[0].self_attn.sinks
+    )

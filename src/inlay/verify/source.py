@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from inlay.errors import ModelLoadError, OptionError, UnsupportedModelError
 from inlay.lowering.loading import Source, resolve
 from inlay.lowering.options import DTYPES
-from inlay.lowering.random_weights import randomise
+from inlay.lowering.random_weights import randomise, seeded
 from inlay.lowering.support import auto_class
 
 
@@ -37,9 +37,10 @@ def random_source(
         config = with_layers(config, layers)
     wanted = DTYPES.get(dtype, getattr(config, "dtype", None) or torch.float32)
     try:
-        model = auto_class(config).from_config(
-            config, dtype=wanted, trust_remote_code=trust_remote_code
-        )
+        with seeded(seed):
+            model = auto_class(config).from_config(
+                config, dtype=wanted, trust_remote_code=trust_remote_code
+            )
     except ValueError as error:
         raise UnsupportedModelError(f"model {name!r} cannot be built: {_said(error)}") from error
     except Exception as error:  # a config's wrong value may raise anything in transformers
