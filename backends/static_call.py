@@ -68,9 +68,14 @@ class StaticCall(Generic[T]):
 
         On CUDA the next call overwrites what this one gave.
         """
+        copies: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for own, given in zip(self.inputs, inputs, strict=True):
             if own is not given:
-                own[tuple(slice(size) for size in given.shape)].copy_(given, non_blocking=True)
+                to, of = copies.setdefault(own.dtype, ([], []))
+                to.append(own[tuple(slice(size) for size in given.shape)])
+                of.append(given)
+        for to, of in copies.values():  # tensors of a type in one kernel, where they are dense
+            torch._foreach_copy_(to, of, non_blocking=True)
         if self._graph is None:
             return self._call(self.inputs)
         self._graph.replay()

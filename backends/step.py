@@ -7,7 +7,7 @@ are not yet in its KV cache: a whole prompt, a chunk of one, or the single token
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,9 @@ SMALLEST = 2
 """Tokens and logits rows of a step, at the least. Matrix products of one row take another path in
 most libraries, and their sums differ in the last bit from those of the same row in a larger batch;
 export, too, treats a size of one as a case of its own."""
+
+ALIGNMENT = 64
+"""Bytes; compiled code expects at least 16 of its inputs' addresses."""
 
 PADDING_SLOT = -1
 """Cache slot of a padding token: nothing is written for it."""
@@ -98,18 +101,32 @@ class StepInputs:
     num_logits: int
 
     def to(self, device: torch.device) -> StepInputs:
-        """The same step with its tensors on a device; itself where they are there.
-
-        On CUDA from pinned memory, in stream order: a copy that is waited for would wait for the
-        step before it too.
-        """
+        """The same step with its tensors on a device; itself where they are there."""
         if self.input_ids.device == device:
             return self
         tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
-        if device.type == "cuda":
-            tensors = {name: value.pin_memory() for name, value in tensors.items()}
-        sent = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-        return replace(self, **sent)
+        return replace(self, **send(tensors, device))
+
+
+def send(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Tensors of the host on a device, in one copy: they are parts of one buffer there.
+
+    On CUDA from pinned memory, in stream order: a copy that is waited for would wait for the step
+    before it too.
+    """
+    starts, end = {}, 0
+    for name, tensor in tensors.items():
+        starts[name] = end
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    host = torch.empty(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for name, tensor in tensors.items():
+        _part(host, starts[name], tensor).copy_(tensor)
+    there = host.to(device, non_blocking=True)
+    return {name: _part(there, starts[name], tensor) for name, tensor in tensors.items()}
+
+
+def _part(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def round_up(value: int, ladder: Sequence[int]) -> int:

@@ -156,14 +156,14 @@ def _keep_numbers_exact(gm: GraphModule) -> None:
         if getattr(node.target, "overloadpacket", None) not in arithmetic:
             continue
         dtype = node.meta["val"].dtype
-        numbers = [arg for arg in node.args if isinstance(arg, float)]
+        numbers = [n for n in (*node.args, *node.kwargs.values()) if isinstance(n, float)]
         if dtype not in (torch.bfloat16, torch.float16) or not any(
             torch.tensor(one, dtype=dtype).item() != one for one in numbers
         ):
             continue
         narrow = node.meta["val"]
         with gm.graph.inserting_before(node):
-            for arg in node.all_input_nodes:
+            for arg in (n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)):
                 wide = gm.graph.call_function(aten._to_copy.default, (arg,), {"dtype": torch.float})
                 wide.meta = {**node.meta, "val": arg.meta["val"].float()}
                 node.replace_input_with(arg, wide)

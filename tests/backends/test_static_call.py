@@ -39,6 +39,18 @@ def test_smaller_inputs_leave_the_rest_as_it_was(device: str) -> None:
     assert result.tolist() == [2, 2, 9]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_of_unlike_types(device: str) -> None:
+    """They are copied by type; none is left out, and none lands in another's place."""
+    shapes = [(torch.int64, 3), (torch.int32, 3), (torch.float32, 3), (torch.int64, 3)]
+    given = [torch.full((n,), i + 1, dtype=d, device=device) for i, (d, n) in enumerate(shapes)]
+    call = StaticCall(
+        lambda inputs: [one.clone() for one in inputs], list(map(torch.zeros_like, given))
+    )
+    for found, wanted in zip(call(given), given, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_inputs_that_do_not_fit_are_our_own_fault() -> None:
     call = StaticCall(add, [torch.zeros(3), torch.zeros(2, 2)])
     with pytest.raises(RuntimeError):

@@ -168,19 +168,27 @@ def test_rounding_up(value: int, limit: int) -> None:
     assert round_up(rounded, ladder) == rounded
 
 
-def test_on_cuda_no_copy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_cuda_there_is_one_copy_and_it_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls: list[tuple[str, bool]] = []
+    empty = torch.empty
 
-    def pin(tensor: torch.Tensor) -> torch.Tensor:
-        calls.append(("pin", True))
-        return tensor
+    def allocate(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        calls.append(("pinned", pin_memory))
+        return empty(size, dtype=dtype)
 
     def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
         calls.append((device.type, non_blocking))
         return tensor
 
-    step = build_step([StepRequest([1, 2], 0, [[0]])], 4)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    step = build_step([StepRequest([1, 2, 3], 0, [[0], [1]]), StepRequest([4], 5, [[2], [3]])], 8)
+    monkeypatch.setattr(torch, "empty", allocate)
     monkeypatch.setattr(torch.Tensor, "to", to)
-    step.to(torch.device("cuda"))
-    assert calls == [("pin", True)] * 7 + [("cuda", True)] * 7
+    sent = step.to(torch.device("cuda"))
+    assert calls == [("pinned", True), ("cuda", True)]
+    for name, tensor in vars(step).items():
+        if torch.is_tensor(tensor):
+            assert torch.equal(getattr(sent, name), tensor), name
+            assert getattr(sent, name).dtype == tensor.dtype
+            assert getattr(sent, name).data_ptr() % 16 == 0, "compiled code would copy it"

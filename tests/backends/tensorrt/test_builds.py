@@ -151,7 +151,7 @@ EXPERTS = ["qwen3_moe", "mixtral"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("name", [*DENSE, *EXPERTS])
+@pytest.mark.parametrize("name", [*DENSE, *EXPERTS, "gemma3n_text"])
 def test_architectures(tmp_path: Path, name: str, dtype: str) -> None:
     engine = build_engine(tmp_path, name, dtype)
     assert engine.manifest["target"]["engines"] == len(engine.artifact.program.segment_steps)
