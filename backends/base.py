@@ -225,6 +225,10 @@ class Backend(Protocol):
         them out, `refit` has them made again. Code of most backends holds none."""
         return []
 
+    def check_refit(self, settings: BuildSettings) -> None:
+        """Raise what `refit` would, where it is known before any weight is read."""
+        return
+
     def refit(self, directory: Path, program: Program, settings: BuildSettings) -> dict[str, Any]:
         """Make `weight_files` again, of what an artifact's directory has: the build's other files
         and new weights (`WeightReader(directory)`); there is no manifest yet. Returns what it is to

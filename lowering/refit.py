@@ -26,8 +26,7 @@ from inlay.backends.artifact import (
     write_weights,
 )
 from inlay.backends.atomic import Claim, claimed
-from inlay.backends.base import BACKEND_OPTIONS, BuildSettings, Known, ModelLimits
-from inlay.backends.device import AUTO
+from inlay.backends.base import BuildSettings, ModelLimits
 from inlay.backends.prune import copy_without, describe, files_with_weights
 from inlay.backends.select import get_backend
 from inlay.errors import ArtifactError, ModelLoadError, OptionError
@@ -101,15 +100,12 @@ def refit(
             f"artifact {artifact.path} was built by another Inlay, with options that this one does "
             f"not know: {error}; rebuild it: {artifact.manifest['rebuild']}"
         ) from error
-    dtype = artifact.manifest["dtype"]
-    settings = _settings(artifact, options, progress, "")
-    own = {name: getattr(settings, name) for name in BACKEND_OPTIONS}
-    if options.verify == "capture":
-        own["device"] = AUTO  # nothing will run on it
-    get_backend(artifact.manifest["backend"]).check_early(Known(dtype=dtype, **own))
+    backend = get_backend(artifact.manifest["backend"])
+    backend.check_refit(_settings(artifact, options, progress, ""))
     with claimed(target) as claim, ONE_AT_A_TIME:
         phase = Phases(progress)
         with phase("load"):
+            dtype = artifact.manifest["dtype"]
             source = load_source(weights, dtype, tokenizer, trust_remote_code)
             del weights
         _Refit(artifact, options, phase, progress).run(source, claim)

@@ -5,15 +5,28 @@
 # JSON in DIRECTORY (bench/results), each written as its item ends. What takes longer than there is
 # time is told as skipped: QUANTIZATION=fp8 or none makes e2e parts do one precision alone.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-part=${1:?"which part? tests, kernels, e2e-1b or e2e-8b"}
-out=${2:-bench/results}
-mkdir -p "$out"
+part=${1:-}
+case $part in
+    tests | kernels | e2e-1b | e2e-8b) ;;
+    *) echo "which part? tests, kernels, e2e-1b or e2e-8b; given '$part'" >&2; exit 2 ;;
+esac
+root=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "${2:-$root/bench/results}"
+out=$(cd "${2:-$root/bench/results}" && pwd)
+cd "$root"
 export PYTHONPATH=src${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
 python=${PYTHON:-python3}
 export INLAY_CACHE_DIR=${INLAY_CACHE_DIR:-$(mktemp -d)}
 
-"$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 2
+"$python" - << 'EOF' || exit 2
+import importlib.util, sys
+if missing := [n for n in ("torch", "transformers", "pytest") if not importlib.util.find_spec(n)]:
+    sys.exit(f"{sys.executable} lacks {', '.join(missing)}; PYTHON names another one")
+import torch
+if not torch.cuda.is_available():
+    sys.exit(f"torch {torch.__version__} sees no GPU here")
+print(torch.__version__, torch.cuda.get_device_name())
+EOF
 
 run_tests() { # shard, files...
     SHARD=$1 JSON_LINES=$out/gpu_tests.jsonl OMP_NUM_THREADS=2 timeout 460 "$python" -m pytest \
@@ -47,10 +60,6 @@ case $part in
     e2e-8b)
         timeout 475 "$python" -m inlay.bench.end_to_end_gpu --shape llama-3.1-8b --seconds 400 \
             --quantization ${QUANTIZATION:-fp8 none} --output "$out/end_to_end_gpu.jsonl" || status=$?
-        ;;
-    *)
-        echo "unknown part $part: tests, kernels, e2e-1b or e2e-8b" >&2
-        status=2
         ;;
 esac
 exit $status

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx.traceback
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule, Interpreter, Node
 
 from inlay.backends.graph_json import graph_from_json, graph_to_json
 from inlay.backends.onnx.packages import require
@@ -148,20 +148,18 @@ def _export(gm: GraphModule, translations: Any) -> onnx.ModelProto:
 
 
 def _keep_numbers_exact(gm: GraphModule) -> None:
-    """Compute x * 0.7071 of narrow numbers in float32 and round once, as torch does: torch.onnx
-    would round 0.7071 to the type of x first. Of sums, differences and quotients the same."""
+    """Compute x * 0.7071 of narrow numbers in float32 and round once: torch.onnx would round 0.7071
+    to the type of x first, be it a number or a tensor without dimensions. torch does not in
+    products and quotients; of sums and differences this is the more exact, and what compiled code
+    does, where torch on a CPU rounds first too."""
     aten = torch.ops.aten
     arithmetic = {aten.add, aten.sub, aten.mul, aten.div, aten.rsub}
     for node in list(gm.graph.nodes):
         if getattr(node.target, "overloadpacket", None) not in arithmetic:
             continue
-        dtype = node.meta["val"].dtype
-        numbers = [n for n in (*node.args, *node.kwargs.values()) if isinstance(n, float)]
-        if dtype not in (torch.bfloat16, torch.float16) or not any(
-            torch.tensor(one, dtype=dtype).item() != one for one in numbers
-        ):
-            continue
         narrow = node.meta["val"]
+        if narrow.dtype not in (torch.bfloat16, torch.float16) or not _rounds_a_number(node):
+            continue
         with gm.graph.inserting_before(node):
             for arg in (n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)):
                 wide = gm.graph.call_function(aten._to_copy.default, (arg,), {"dtype": torch.float})
@@ -169,11 +167,27 @@ def _keep_numbers_exact(gm: GraphModule) -> None:
                 node.replace_input_with(arg, wide)
         node.meta = {**node.meta, "val": narrow.float()}
         with gm.graph.inserting_after(node):
-            result = gm.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+            kwargs = {"dtype": narrow.dtype}
+            result = gm.graph.call_function(aten._to_copy.default, (node,), kwargs)
             result.meta = {**node.meta, "val": narrow}
             node.replace_all_uses_with(result)
             result.args = (node, *result.args[1:])
     gm.recompile()
+
+
+def _rounds_a_number(node: Node) -> bool:
+    """Whether one of its numbers has no place in the type of what it gives."""
+    dtype = node.meta["val"].dtype
+
+    def is_rounded(value: Any) -> bool:
+        if isinstance(value, Node):
+            value = value.meta["val"]
+        if isinstance(value, torch.Tensor):
+            return value.dim() == 0 and value.dtype != dtype
+        is_number = isinstance(value, (int, float))
+        return is_number and torch.tensor(float(value), dtype=dtype).item() != value
+
+    return any(map(is_rounded, (*node.args, *node.kwargs.values())))
 
 
 @contextmanager

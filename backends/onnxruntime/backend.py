@@ -98,10 +98,14 @@ class OnnxRuntimeBackend(Backend):
         here = {"provider": provider, "onnxruntime": onnxruntime.__version__, **_platform(provider)}
         return {**here, "num_converted": self._num_converted}
 
-    def refit(self, directory: Path, program: Program, settings: BuildSettings) -> dict[str, Any]:
-        """The whole model says where in the weights' files each one lies."""
+    def check_refit(self, settings: BuildSettings) -> None:
         if settings.whole:
             require("onnx", extra=self.name)
+
+    def refit(self, directory: Path, program: Program, settings: BuildSettings) -> dict[str, Any]:
+        """The whole model says where in the weights' files each one lies."""
+        self.check_refit(settings)
+        if settings.whole:
             places = {key: directory / "segments" / key / MODEL for key in program.segment_keys}
             write_whole(program, {k: path.read_bytes() for k, path in places.items()}, directory)
         return {}

@@ -113,11 +113,14 @@ class TensorRTBackend(Backend):
     def weight_files(self, directory: Path) -> list[Path]:
         return sorted((directory / "segments").glob(f"*/{plan_name('*')}"))
 
+    def check_refit(self, settings: BuildSettings) -> None:
+        require("onnx", extra="tensorrt-rtx")
+        check_target(find(settings.library), settings.target)
+
     def refit(self, directory: Path, program: Program, settings: BuildSettings) -> dict[str, Any]:
         """Plans anew, of the ONNX that the artifact keeps, by the library that is here now."""
-        require("onnx", extra="tensorrt-rtx")
+        self.check_refit(settings)
         library = find(settings.library)
-        check_target(library, settings.target)
         folder = directory / "segments"
         keys = {path.parent.name for path in folder.glob(f"*/{MODEL}")}
         summary = build_plans(program, folder, library, settings, keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -180,6 +181,7 @@ class Workplace:
         return logs / f"{self.place(system).name}-{verb}.log"
 
 
+@functools.cache  # whoever edits them meanwhile changes nothing of a comparison that runs
 def _sources() -> list[Any]:
     """Of our own code, since a version is many states of it."""
     root = Path(inlay.__file__).parent

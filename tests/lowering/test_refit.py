@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from inlay import LLM, Engine, SamplingParams, compile_model
 from inlay.backends.artifact import SELF, WeightReader
-from inlay.backends.base import Known
+from inlay.backends.base import BuildSettings
 from inlay.backends.eager.backend import EagerBackend
 from inlay.errors import BuildError, InlayError, ModelLoadError, VerificationError
 from inlay.lowering import pipeline
@@ -319,11 +319,11 @@ def test_checkpoints_that_are_quantized_otherwise(engine: Engine, tmp_path: Path
 def test_what_the_backend_lacks_is_said_before_weights_are_read(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lacking(self: EagerBackend, known: Known) -> None:
-        raise BuildError(f"no library for {known.dtype}")
+    def lacking(self: EagerBackend, settings: BuildSettings) -> None:
+        raise BuildError(f"no library for {settings.target}")
 
-    monkeypatch.setattr(EagerBackend, "check_early", lacking)
-    with pytest.raises(BuildError, match="no library for float32"):
+    monkeypatch.setattr(EagerBackend, "check_refit", lacking)
+    with pytest.raises(BuildError, match="no library for auto"):
         engine.refit("no/such/place/here", tmp_path / "engine")
 
 
