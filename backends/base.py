@@ -226,7 +226,8 @@ class Backend(Protocol):
         return []
 
     def check_refit(self, settings: BuildSettings) -> None:
-        """Raise what `refit` would, where it is known before any weight is read."""
+        """Raise BuildError where this machine lacks what `refit` needs. Asked before any weight is
+        read; `refit` itself need not ask again."""
         return
 
     def refit(self, directory: Path, program: Program, settings: BuildSettings) -> dict[str, Any]:

@@ -120,6 +120,22 @@ def test_numbers_are_exact(name: str, number: float, dtype: torch.dtype) -> None
         assert torch.equal(run(model, {"x": x})[0], exact)
 
 
+def test_a_tensor_without_dimensions_is_exact_too() -> None:
+    """torch takes it for a number: it has no say in the type of the product."""
+    gm = segment_with(torch.ops.aten.relu.default, dtype=torch.float16)
+    (x,) = gm.graph.find_nodes(op="placeholder")
+    with gm.graph.inserting_before(x):
+        scale = gm.graph.placeholder("w")
+    scale.meta |= {"spec": ((), torch.float32), "kind": "weight"}
+    relu = next(iter(x.users))
+    with gm.graph.inserting_before(relu):
+        product = gm.graph.call_function(torch.ops.aten.mul.Tensor, (x, scale))
+    relu.args = (product,)
+    values = {"x": torch.randn(64, 8).half(), "w": torch.tensor(0.7)}
+    (found,) = run(segment_to_onnx(gm, "tensorrt"), values)
+    assert torch.equal(found, (values["x"] * values["w"]).relu())
+
+
 def test_what_cannot_be_converted_is_named() -> None:
     gm = segment_with(torch.ops.aten.special_bessel_j0.default)
     with pytest.raises(UnsupportedModelError) as caught:
